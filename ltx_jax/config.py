@@ -1,0 +1,539 @@
+"""What each model of LTX-2.3 is built from: one frozen dataclass a model, read from the checkpoint's own metadata.
+
+The released file carries its configuration as JSON in the safetensors metadata (`config`), with the sections
+`transformer`, `vae`, `audio_vae` and `vocoder`; a latent upscaler carries its own; Gemma has `config.json`. The
+`from_metadata` functions take those dictionaries, refuse what this library does not implement, and drop the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A checkpoint asks for a model that this library does not implement, or does not say what it needs."""
+
+
+def _refuse_unless(section: str, metadata: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    """Raises ConfigError that lists every setting present in `metadata` with a value other than the supported one."""
+    wrong = [
+        f"{key} = {metadata[key]!r} (implemented: {value!r})"
+        for key, value in supported.items()
+        if key in metadata and metadata[key] != value
+    ]
+    if wrong:
+        raise ConfigError(f"the {section} configuration is not LTX-2.3: " + "; ".join(wrong))
+
+
+def _need(section: str, metadata: Mapping[str, Any], *keys: str) -> list[Any]:
+    missing = [key for key in keys if key not in metadata]
+    if missing:
+        raise ConfigError(f"the {section} configuration lacks {', '.join(missing)}")
+    return [metadata[key] for key in keys]
+
+
+# Switches that change the network. Only the LTX-2.3 side of each is implemented.
+_TRANSFORMER_SUPPORTED = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "qk_norm": "rms_norm",
+    "rope_type": "split",
+    "frequencies_precision": "float64",
+    "positional_embedding_type": "rope",
+    "use_middle_indices_grid": True,
+    "causal_temporal_positioning": True,
+    "use_audio_video_cross_attention": True,
+    "av_cross_ada_norm": True,
+    "cross_attention_adaln": True,
+    "use_prompt_adaln_single": True,
+    "caption_proj_before_connector": True,
+    "caption_projection_first_linear": False,
+    "caption_projection_second_linear": False,
+    "caption_proj_input_norm": False,
+    "text_encoder_norm_type": "per_token_rms",
+    "use_embeddings_connector": True,
+    "connector_norm_output": True,
+    "norm_elementwise_affine": False,
+    "double_self_attention": False,
+    "only_cross_attention": False,
+    "share_ff": False,
+    "ff_bias": True,
+    "audio_ff_bias": True,
+    "standardization_norm": "rms_norm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """One modality's path through the transformer."""
+
+    in_channels: int
+    out_channels: int
+    num_heads: int
+    head_dim: int
+    context_dim: int  # channels of the text context
+    max_pos: tuple[float, ...]  # position that maps to the end of the rotary range: seconds, then pixels
+
+    @property
+    def dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The audio-video diffusion transformer (section `transformer`)."""
+
+    num_layers: int
+    video: StreamConfig
+    audio: StreamConfig
+    eps: float
+    rope_theta: float
+    timestep_scale: float
+    av_gate_timestep_scale: float
+    gated_attention: bool
+
+    @property
+    def cross_dim(self) -> int:
+        """Inner width of audio-video cross-attention: that of audio."""
+        return self.audio.dim
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "TransformerConfig":
+        """Reads the section `transformer`. Raises ConfigError on what is missing or not implemented."""
+        _refuse_unless("transformer", metadata, _TRANSFORMER_SUPPORTED)
+        layers, heads, head_dim, channels, context_dim = _need(
+            "transformer",
+            metadata,
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "in_channels",
+            "cross_attention_dim",
+        )
+        audio_heads, audio_head_dim, audio_out, audio_context_dim = _need(
+            "transformer",
+            metadata,
+            "audio_num_attention_heads",
+            "audio_attention_head_dim",
+            "audio_out_channels",
+            "audio_cross_attention_dim",
+        )
+        return cls(
+            num_layers=layers,
+            video=StreamConfig(
+                in_channels=channels,
+                out_channels=metadata.get("out_channels", channels),
+                num_heads=heads,
+                head_dim=head_dim,
+                context_dim=context_dim,
+                max_pos=tuple(map(float, metadata.get("positional_embedding_max_pos", (20, 2048, 2048)))),
+            ),
+            audio=StreamConfig(
+                in_channels=metadata.get("audio_in_channels", audio_out),
+                out_channels=audio_out,
+                num_heads=audio_heads,
+                head_dim=audio_head_dim,
+                context_dim=audio_context_dim,
+                max_pos=tuple(map(float, metadata.get("audio_positional_embedding_max_pos", (20,)))),
+            ),
+            eps=float(metadata.get("norm_eps", 1e-6)),
+            rope_theta=float(metadata.get("positional_embedding_theta", 10000.0)),
+            timestep_scale=float(metadata.get("timestep_scale_multiplier", 1000)),
+            av_gate_timestep_scale=float(metadata.get("av_ca_timestep_scale_multiplier", 1000)),
+            gated_attention=metadata.get("apply_gated_attention", False),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """One modality's connector: from the projected Gemma features to the context that cross-attention reads."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_registers: int
+    max_pos: int
+    rope_theta: float
+    eps: float
+    gated_attention: bool
+
+    @property
+    def dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConnectorsConfig:
+    """Feature extractor and both connectors (section `transformer`, keys `connector_*` and `caption_channels`)."""
+
+    hidden_dim: int  # of the text encoder
+    num_hidden_states: int  # embeddings and every layer of the text encoder
+    video: ConnectorConfig
+    audio: ConnectorConfig
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], *, num_hidden_states: int) -> "TextConnectorsConfig":
+        """Reads the section `transformer`; the number of hidden states is a fact of the text encoder (layers + 1)."""
+        _refuse_unless("transformer", metadata, _TRANSFORMER_SUPPORTED)
+        layers, heads, head_dim, audio_heads, audio_head_dim, hidden_dim = _need(
+            "transformer",
+            metadata,
+            "connector_num_layers",
+            "connector_num_attention_heads",
+            "connector_attention_head_dim",
+            "audio_connector_num_attention_heads",
+            "audio_connector_attention_head_dim",
+            "caption_channels",
+        )
+
+        def connector(num_heads: int, dim: int) -> ConnectorConfig:
+            return ConnectorConfig(
+                num_layers=layers,
+                num_heads=num_heads,
+                head_dim=dim,
+                num_registers=metadata.get("connector_num_learnable_registers", 128),
+                max_pos=metadata.get("connector_positional_embedding_max_pos", [4096])[0],
+                rope_theta=float(metadata.get("positional_embedding_theta", 10000.0)),
+                eps=float(metadata.get("norm_eps", 1e-6)),
+                gated_attention=metadata.get("connector_apply_gated_attention", False),
+            )
+
+        return cls(
+            hidden_dim=hidden_dim,
+            num_hidden_states=num_hidden_states,
+            video=connector(heads, head_dim),
+            audio=connector(audio_heads, audio_head_dim),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaConfig:
+    """Gemma 3 as a text encoder (`text_config` of the Hugging Face `config.json`)."""
+
+    vocab_size: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_scalar: float  # queries are scaled by query_scalar ** -0.5
+    sliding_window: int
+    sliding_layers: tuple[bool, ...]  # per layer: True sliding window, False global
+    rope_theta: float  # global layers
+    rope_local_theta: float  # sliding layers
+    rope_scale: float  # positions of global layers are divided by this
+    eps: float
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "GemmaConfig":
+        """Reads `config.json` (of the multimodal model, or its `text_config` alone)."""
+        text = metadata.get("text_config", metadata)
+        _refuse_unless(
+            "Gemma",
+            text,
+            {
+                "hidden_activation": "gelu_pytorch_tanh",
+                "attention_bias": False,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+            },
+        )
+        hidden, intermediate, layers = _need(
+            "Gemma", text, "hidden_size", "intermediate_size", "num_hidden_layers"
+        )
+        # The published config of the 12 B model leaves out what equals the defaults of the library it was written by.
+        heads = text.get("num_attention_heads", 8)
+        pattern = text.get("sliding_window_pattern", 6)
+        types = text.get("layer_types")
+        sliding = (
+            tuple(kind == "sliding_attention" for kind in types)
+            if types
+            else tuple((i + 1) % pattern != 0 for i in range(layers))
+        )
+        if len(sliding) != layers:
+            raise ConfigError(f"the Gemma configuration names {len(sliding)} layer types for {layers} layers")
+        # Newer files nest the rotary settings per layer type.
+        nested = text.get("rope_parameters") or {}
+        full, local = nested.get("full_attention", {}), nested.get("sliding_attention", {})
+        scaling = text.get("rope_scaling") or full
+        kind = scaling.get("rope_type", "linear")
+        if kind not in ("linear", "default"):
+            raise ConfigError(f"the Gemma configuration has rope_type {kind!r}; implemented: 'linear'")
+        head_dim = text.get("head_dim", 256)
+        return cls(
+            vocab_size=text.get("vocab_size", 262208),
+            hidden_dim=hidden,
+            intermediate_dim=intermediate,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=text.get("num_key_value_heads", 4),
+            head_dim=head_dim,
+            query_scalar=float(text.get("query_pre_attn_scalar", 256)),
+            sliding_window=text.get("sliding_window", 4096),
+            sliding_layers=sliding,
+            rope_theta=float(text.get("rope_theta", full.get("rope_theta", 1_000_000.0))),
+            rope_local_theta=float(text.get("rope_local_base_freq", local.get("rope_theta", 10_000.0))),
+            rope_scale=float(scaling.get("factor", 1.0)),
+            eps=float(text.get("rms_norm_eps", 1e-6)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEBlock:
+    """One entry of a block list: `kind` as in the metadata, `num_layers` of a res_x, `multiplier` of the others."""
+
+    kind: str
+    num_layers: int = 0
+    multiplier: int = 1
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Down- or upsampling in (time, height, width)."""
+        kind = self.kind.removesuffix("_res")
+        return {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}.get(kind, (1, 1, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoVAEConfig:
+    """The causal video autoencoder (section `vae`)."""
+
+    pixel_channels: int
+    latent_channels: int
+    patch_size: int
+    encoder_blocks: tuple[VAEBlock, ...]  # in the order of the encoder
+    decoder_blocks: tuple[VAEBlock, ...]  # in the order of the metadata: output first; the decoder is built reversed
+    encoder_base_channels: int
+    decoder_base_channels: int
+
+    @property
+    def scale(self) -> tuple[int, int, int]:
+        """Pixels per latent in (time, height, width): (8, 32, 32) in LTX-2.3."""
+        time, height, width = (prod(block.stride[axis] for block in self.encoder_blocks) for axis in range(3))
+        return time, height * self.patch_size, width * self.patch_size
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "VideoVAEConfig":
+        """Reads the section `vae`. Raises ConfigError on what is missing or not implemented."""
+        _refuse_unless(
+            "vae",
+            metadata,
+            {
+                "dims": 3,
+                "norm_layer": "pixel_norm",
+                "latent_log_var": "uniform",
+                "use_quant_conv": False,
+                "causal_decoder": False,
+                "timestep_conditioning": False,
+                "normalize_latent_channels": False,
+                "spatial_padding_mode": "zeros",
+            },
+        )
+        channels, encoder, decoder = _need("vae", metadata, "latent_channels", "encoder_blocks", "decoder_blocks")
+
+        def blocks(entries: list, kinds: set[str]) -> tuple[VAEBlock, ...]:
+            for kind, _ in entries:
+                if kind not in kinds:
+                    raise ConfigError(f"the vae configuration has a block {kind!r}; implemented: {sorted(kinds)}")
+            settings = ((kind, {"num_layers": args} if isinstance(args, int) else args) for kind, args in entries)
+            return tuple(
+                VAEBlock(
+                    kind=kind,
+                    num_layers=args.get("num_layers", 0),
+                    multiplier=args.get("multiplier", 2 if kind.endswith("_res") else 1),
+                )
+                for kind, args in settings
+            )
+
+        return cls(
+            pixel_channels=metadata.get("in_channels", 3),
+            latent_channels=channels,
+            patch_size=metadata.get("patch_size", 4),
+            encoder_blocks=blocks(encoder, {"res_x", "compress_space_res", "compress_time_res", "compress_all_res"}),
+            decoder_blocks=blocks(decoder, {"res_x", "compress_space", "compress_time", "compress_all"}),
+            encoder_base_channels=metadata.get("encoder_base_channels", 128),
+            decoder_base_channels=metadata.get("decoder_base_channels", 128),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioVAEConfig:
+    """The mel-spectrogram autoencoder and its front end (section `audio_vae`)."""
+
+    audio_channels: int  # stereo: 2
+    latent_channels: int
+    base_channels: int
+    channel_multipliers: tuple[int, ...]
+    num_res_blocks: int
+    mel_bins: int
+    sample_rate_hz: int
+    n_fft: int
+    hop_length: int
+    win_length: int
+    mel_fmin_hz: float
+    mel_fmax_hz: float
+
+    @property
+    def scale(self) -> int:
+        """Mel frames per latent frame, and mel bins per latent bin."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def latent_bins(self) -> int:
+        return self.mel_bins // self.scale
+
+    @property
+    def token_dim(self) -> int:
+        """Channels of one audio token: latent channels times latent bins."""
+        return self.latent_channels * self.latent_bins
+
+    @property
+    def latents_per_second(self) -> float:
+        return self.sample_rate_hz / self.hop_length / self.scale
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "AudioVAEConfig":
+        """Reads the section `audio_vae`. Raises ConfigError on what is missing or not implemented."""
+        (model,) = _need("audio_vae", metadata, "model")
+        params = model["params"]
+        dd = params["ddconfig"]
+        _refuse_unless(
+            "audio_vae",
+            dd,
+            {
+                "double_z": True,
+                "attn_resolutions": [],
+                "mid_block_add_attention": False,
+                "norm_type": "pixel",
+                "causality_axis": "height",
+            },
+        )
+        channels, base, multipliers, res_blocks = _need(
+            "audio_vae", dd, "z_channels", "ch", "ch_mult", "num_res_blocks"
+        )
+        preprocessing = metadata.get("preprocessing", {})
+        stft, mel = preprocessing.get("stft", {}), preprocessing.get("mel", {})
+        return cls(
+            audio_channels=dd.get("in_channels", 2),
+            latent_channels=channels,
+            base_channels=base,
+            channel_multipliers=tuple(multipliers),
+            num_res_blocks=res_blocks,
+            mel_bins=mel.get("n_mel_channels", dd.get("mel_bins", 64)),
+            sample_rate_hz=params.get("sampling_rate", 16000),
+            n_fft=stft.get("filter_length", 1024),
+            hop_length=stft.get("hop_length", 160),
+            win_length=stft.get("win_length", stft.get("filter_length", 1024)),
+            mel_fmin_hz=float(mel.get("mel_fmin", 0)),
+            mel_fmax_hz=float(mel.get("mel_fmax", 8000)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """One BigVGAN-v2 generator: mel to waveform."""
+
+    initial_channels: int
+    upsample_rates: tuple[int, ...]
+    upsample_kernels: tuple[int, ...]
+    resblock_kernels: tuple[int, ...]
+    resblock_dilations: tuple[tuple[int, ...], ...]
+
+    @property
+    def hop_length(self) -> int:
+        """Samples made from one mel frame."""
+        return prod(self.upsample_rates)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "GeneratorConfig":
+        _refuse_unless(
+            "vocoder",
+            metadata,
+            {"resblock": "AMP1", "activation": "snakebeta", "stereo": True, "use_bias_at_final": False},
+        )
+        initial, rates, kernels, res_kernels, dilations = _need(
+            "vocoder",
+            metadata,
+            "upsample_initial_channel",
+            "upsample_rates",
+            "upsample_kernel_sizes",
+            "resblock_kernel_sizes",
+            "resblock_dilation_sizes",
+        )
+        return cls(
+            initial_channels=initial,
+            upsample_rates=tuple(rates),
+            upsample_kernels=tuple(kernels),
+            resblock_kernels=tuple(res_kernels),
+            resblock_dilations=tuple(map(tuple, dilations)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocoderConfig:
+    """The vocoder with bandwidth extension (section `vocoder`)."""
+
+    audio_channels: int
+    mel_bins: int  # of the mel that the vocoder reads
+    base: GeneratorConfig
+    bwe: GeneratorConfig
+    bwe_hop_length: int
+    bwe_n_fft: int
+    bwe_mel_bins: int
+    input_sample_rate_hz: int  # of the base generator's waveform
+    sample_rate_hz: int  # of the output
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], *, mel_bins: int = 64) -> "VocoderConfig":
+        """Reads the section `vocoder`; `mel_bins` are those of the audio autoencoder."""
+        base, bwe = _need("vocoder", metadata, "vocoder", "bwe")
+        _refuse_unless("vocoder", base, {"use_tanh_at_final": False})
+        _refuse_unless("vocoder", bwe, {"apply_final_activation": False})
+        hop, n_fft, num_mels = _need("vocoder", bwe, "hop_length", "n_fft", "num_mels")
+        if bwe.get("win_size", n_fft) != n_fft:
+            raise ConfigError(f"the vocoder configuration has win_size {bwe['win_size']} and n_fft {n_fft}; must agree")
+        return cls(
+            audio_channels=2,
+            mel_bins=mel_bins,
+            base=GeneratorConfig.from_metadata(base),
+            bwe=GeneratorConfig.from_metadata(bwe),
+            bwe_hop_length=hop,
+            bwe_n_fft=n_fft,
+            bwe_mel_bins=num_mels,
+            input_sample_rate_hz=bwe.get("input_sampling_rate", 16000),
+            sample_rate_hz=bwe.get("output_sampling_rate", 48000),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscalerConfig:
+    """A latent upscaler (the metadata `config` of its own file)."""
+
+    in_channels: int
+    mid_channels: int
+    num_blocks_per_stage: int
+    spatial_scale: float  # 2.0 or 1.5; 1.0 for a temporal upscaler
+    temporal_scale: int  # 2, or 1 for a spatial upscaler
+    rational: bool  # the x1.5 resampler (up by 3, blur, down by 2)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "UpscalerConfig":
+        """Reads an upscaler's `config`. Raises ConfigError on what is missing or not implemented."""
+        _refuse_unless("upscaler", metadata, {"_class_name": "LatentUpsampler", "dims": 3})
+        channels, mid, blocks = _need("upscaler", metadata, "in_channels", "mid_channels", "num_blocks_per_stage")
+        spatial, temporal = metadata.get("spatial_upsample", True), metadata.get("temporal_upsample", False)
+        if spatial == temporal:
+            raise ConfigError("an upscaler must be either spatial or temporal; the configuration says both or neither")
+        rational = bool(metadata.get("rational_resampler", False)) and spatial
+        scale = float(metadata.get("spatial_scale", 2.0)) if spatial else 1.0
+        if spatial and scale not in ({2.0, 1.5, 0.75, 4.0} if rational else {2.0}):
+            raise ConfigError(f"an upscaler of spatial scale {scale} (rational_resampler {rational}) is not implemented")
+        return cls(
+            in_channels=channels,
+            mid_channels=mid,
+            num_blocks_per_stage=blocks,
+            spatial_scale=scale,
+            temporal_scale=2 if temporal else 1,
+            rational=rational,
+        )

@@ -1,0 +1,178 @@
+"""One guided denoised estimate: noisy tokens in, clean tokens out, with every guidance pass in one batched call.
+
+Source: `denoisers` in Lightricks/LTX-2, ltx_pipelines.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ltx_jax.conditioning import LatentState
+from ltx_jax.guidance import Guidance, guide, keep_masks
+from ltx_jax.models.transformer import StreamInput, Transformer
+from ltx_jax.stack import count_layers
+
+Tokens = Float[Array, "batch tokens channels"]
+Context = Float[Array, "1 keys context_dim"]
+
+
+class Pair(NamedTuple):
+    """Something of each modality; None for an absent one."""
+
+    video: Tokens | None
+    audio: Tokens | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """The two contexts of one prompt."""
+
+    video: Context
+    audio: Context
+
+
+class Scales(NamedTuple):
+    """Guidance scales as traced numbers, so that another scale needs no other program."""
+
+    cfg: Float[Array, ""]
+    stg: Float[Array, ""]
+    modality: Float[Array, ""]
+    rescale: Float[Array, ""]
+
+    @classmethod
+    def of(cls, guidance: Guidance) -> "Scales":
+        values = guidance.cfg_scale, guidance.stg_scale, guidance.modality_scale, guidance.rescale
+        return cls(*(jnp.asarray(value, jnp.float32) for value in values))
+
+
+def _stream(state: LatentState, tokens: Tokens, contexts: Float[Array, "rows keys context_dim"], sigma) -> StreamInput:
+    """One modality, repeated for every guidance pass."""
+    rows = contexts.shape[0]
+    return StreamInput(
+        tokens=jnp.repeat(tokens, rows, axis=0),
+        timesteps=jnp.repeat(state.timesteps(sigma), rows, axis=0),
+        sigma=jnp.full((rows,), 0.0 if state.frozen else sigma, jnp.float32),
+        positions=state.positions,
+        context=contexts,
+    )
+
+
+@partial(jax.jit, static_argnames=("passes", "precision"))
+def _estimate(transformer, states, tokens, contexts, sigma, scales, keep, *, passes: tuple[str, ...], precision: str):
+    """The guided estimate of each modality, and the same with what is given held: see `Denoiser`."""
+    with jax.default_matmul_precision(precision):
+        streams = [
+            None if state is None else _stream(state, x, context, sigma)
+            for state, x, context in zip(states, tokens, contexts, strict=True)
+        ]
+        velocities = transformer(*streams, keep=keep)
+    estimates, held = [], []
+    for state, x, velocity, scale in zip(states, tokens, velocities, scales, strict=True):
+        if state is None:
+            estimates.append(None)
+            held.append(None)
+            continue
+        # The estimate is per token: a token kept at another noise level has its own distance to go.
+        timesteps = state.timesteps(sigma)[..., None]
+        denoised = x.astype(jnp.float32) - timesteps * velocity.astype(jnp.float32)
+        rows = dict(zip(("conditional", *passes), jnp.split(denoised, denoised.shape[0]), strict=True))
+        guided = guide(
+            rows["conditional"],
+            rows.get("unconditional"),
+            rows.get("perturbed"),
+            rows.get("isolated"),
+            cfg_scale=scale.cfg,
+            stg_scale=scale.stg,
+            modality_scale=scale.modality,
+            rescale=scale.rescale,
+        )
+        estimates.append(guided.astype(x.dtype))
+        held.append(state.hold(estimates[-1]))
+    return Pair(*estimates), Pair(*held)
+
+
+class Denoiser:
+    """`predict(step, sigma, tokens) -> denoised` of one stage, as samplers call it.
+
+    A pass runs if either modality needs it. The unconditional row reads the negative context of each modality that
+    is generated; a frozen one keeps its positive context.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        states: tuple[LatentState | None, LatentState | None],
+        prompt: Prompt,
+        *,
+        negative: Prompt | None = None,
+        guidance: tuple[Guidance, Guidance] | None = None,
+        precision: str = "default",
+        callback: Callable[[int, float, Pair, Pair], None] | None = None,
+    ):
+        """Raises ValueError where `cfg_scale` asks for a negative prompt that is not there.
+
+        `callback(step, sigma, tokens, denoised)` is called after every model call (or reuse of one) with the guided
+        estimate as the model gave it, before what is given (images, frozen tokens) is put back.
+        """
+        video, audio = guidance or (Guidance(), Guidance())
+        wanted = set(video.passes if states[0] is not None else ()) | set(audio.passes if states[1] is not None else ())
+        self.passes = tuple(name for name in ("unconditional", "perturbed", "isolated") if name in wanted)
+        if "isolated" in wanted and None in states:
+            self.passes = tuple(name for name in self.passes if name != "isolated")
+        if "unconditional" in self.passes and negative is None:
+            raise ValueError("cfg_scale other than 1 needs the contexts of a negative prompt; it may be empty text")
+        self.transformer = transformer
+        self.states = states
+        self.guidance = video, audio
+        self.precision = precision
+        self.callback = callback
+        self.scales = Scales.of(video), Scales.of(audio)
+        self.keep = keep_masks(self.passes, video, audio, count_layers(transformer.blocks))
+        self.contexts = tuple(
+            None if state is None else self._contexts(state, *contexts)
+            for state, contexts in zip(
+                states,
+                (
+                    (prompt.video, None if negative is None else negative.video),
+                    (prompt.audio, None if negative is None else negative.audio),
+                ),
+                strict=True,
+            )
+        )
+        self.last = (Pair(None, None), Pair(None, None))  # estimate, held
+
+    def _contexts(self, state: LatentState, positive: Context, negative: Context | None):
+        rows = [positive]
+        for name in self.passes:
+            use_negative = name == "unconditional" and negative is not None and not state.frozen
+            rows.append(negative if use_negative else positive)
+        return jnp.concatenate(rows).astype(state.initial.dtype)
+
+    def __call__(self, step: int, sigma: float, tokens: Pair) -> Pair:
+        runs = [g.runs(step) or last is None for g, last in zip(self.guidance, self.last[0], strict=True)]
+        if any(run for run, state in zip(runs, self.states, strict=True) if state is not None):
+            fresh = _estimate(
+                self.transformer,
+                self.states,
+                tokens,
+                self.contexts,
+                jnp.asarray(sigma, jnp.float32),
+                self.scales,
+                self.keep,
+                passes=self.passes,
+                precision=self.precision,
+            )
+            # A modality whose guidance skips this step keeps its last estimate.
+            self.last = tuple(
+                Pair(*(new if run else old for run, new, old in zip(runs, news, olds, strict=True)))
+                for news, olds in zip(fresh, self.last, strict=True)
+            )
+        estimate, held = self.last
+        if self.callback is not None:
+            self.callback(step, sigma, tokens, estimate)
+        return held

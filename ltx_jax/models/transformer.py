@@ -1,0 +1,280 @@
+"""The audio-video diffusion transformer of LTX-2.3.
+
+Two streams, video and audio, go through the same blocks: self-attention, attention to the text, attention to each
+other, feed-forward, each modulated by the noise level. Either stream may be absent, frozen (its sigma 0) or disabled
+(read by the other stream but not updated).
+
+Source: `model.py`, `transformer.py` and `transformer_args.py` in Lightricks/LTX-2 v1.2.0, ltx_core/model/transformer.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ltx_jax.config import StreamConfig, TransformerConfig
+from ltx_jax.models.adaln import AdaLN, layer_norm, modulate, rms_norm
+from ltx_jax.models.attention import Attention, FeedForward, Tokens, mask_to_bias
+from ltx_jax.models.rope import Rotary, rotary_tables
+from ltx_jax.stack import run_layers
+
+Bias = Float[Array, "#batch 1 #queries keys"]
+VideoTokens = Float[Array, "batch video_tokens video_dim"]
+AudioTokens = Float[Array, "batch audio_tokens audio_dim"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StreamInput:
+    """What one modality brings to a forward pass. Noise levels are in [0, 1]."""
+
+    tokens: Float[Array, "batch tokens channels"]  # noisy latents, patchified
+    timesteps: Float[Array, "batch #tokens"]  # of each token: its denoise mask times sigma; one column if all equal
+    sigma: Float[Array, "batch"]  # of the sample; 0 for a frozen modality
+    positions: Float[Array, "#batch tokens axes 2"]  # [start, end) in seconds, then pixels
+    context: Float[Array, "batch keys context_dim"]
+    context_mask: Float[Array, "batch keys"] | None = None
+    self_mask: Float[Array, "#batch tokens tokens"] | None = None  # in [0, 1]; fractions weaken attention
+    enabled: bool = field(default=True, metadata={"static": True})
+
+
+class Velocity(NamedTuple):
+    """Noise minus clean, per token; None for an absent modality."""
+
+    video: Tokens | None
+    audio: Tokens | None
+
+
+class Keep(NamedTuple):
+    """Guidance perturbations: per layer and sample 1 keeps, 0 skips. Slices of one layer inside a block."""
+
+    video_self: Float[Array, "*layers batch"]
+    audio_self: Float[Array, "*layers batch"]
+    audio_to_video: Float[Array, "*layers batch"]
+    video_to_audio: Float[Array, "*layers batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """One stream's modulation, rotary tables and text for all blocks of a forward pass."""
+
+    rows: Float[Array, "batch #tokens 9 dim"]  # #tokens: one row where all tokens share a timestep
+    prompt_rows: Float[Array, "batch 1 2 dim"]
+    cross_rows: Float[Array, "batch #tokens 4 dim"] | None  # None where the other stream is absent
+    cross_gate: Float[Array, "batch 1 1 dim"] | None
+    rotary: Rotary
+    cross_rotary: Rotary | None
+    context: Float[Array, "batch keys context_dim"]
+    context_bias: Bias | None
+    self_bias: Bias | None
+    enabled: bool = field(metadata={"static": True})
+
+
+class StreamBlock(nnx.Module):
+    """One modality's own layers within a block."""
+
+    def __init__(self, config: StreamConfig, *, eps: float, gated: bool, rngs: nnx.Rngs):
+        self.eps = eps
+        heads = {"num_heads": config.num_heads, "head_dim": config.head_dim, "eps": eps, "gated": gated}
+        self.self_attn = Attention(config.dim, config.dim, **heads, rngs=rngs)
+        self.text_attn = Attention(config.dim, config.context_dim, **heads, rngs=rngs)
+        self.ff = FeedForward(config.dim, rngs=rngs)
+        self.scale_shift_table = nnx.Param(jnp.zeros((9, config.dim)))
+        self.prompt_scale_shift_table = nnx.Param(jnp.zeros((2, config.context_dim)))
+        self.cross_scale_shift_table = nnx.Param(jnp.zeros((5, config.dim)))
+
+    def rows(self, cond: Conditioning, start: int) -> list[Tokens]:
+        """Shift, scale and gate from three rows: 0 self-attention, 3 feed-forward, 6 attention to the text."""
+        table = self.scale_shift_table.get_value().astype(cond.rows.dtype)
+        return [table[i] + cond.rows[:, :, i] for i in range(start, start + 3)]
+
+    def attend(self, x: Tokens, cond: Conditioning, keep: Float[Array, "batch"] | None) -> Tokens:
+        """Self-attention, then attention to the text."""
+        shift, scale, gate = self.rows(cond, 0)
+        n = modulate(rms_norm(x, self.eps), shift, scale)
+        x = x + self.self_attn(n, n, rotary=cond.rotary, bias=cond.self_bias, keep=keep) * gate
+
+        shift, scale, gate = self.rows(cond, 6)
+        n = modulate(rms_norm(x, self.eps), shift, scale)
+        # The text, too, is modulated by the noise level, but not normalised.
+        prompt_table = self.prompt_scale_shift_table.get_value().astype(x.dtype)
+        shift, scale = (prompt_table[i] + cond.prompt_rows[:, :, i] for i in range(2))
+        context = modulate(cond.context, shift, scale)
+        return x + self.text_attn(n, context, bias=cond.context_bias) * gate
+
+    def cross_inputs(self, n: Tokens, cond: Conditioning) -> tuple[Tokens, Tokens]:
+        """This stream as audio-to-video and as video-to-audio attention read it. Here scale comes before shift."""
+        assert cond.cross_rows is not None
+        table = self.cross_scale_shift_table.get_value().astype(n.dtype)
+        scale_a2v, shift_a2v, scale_v2a, shift_v2a = (table[i] + cond.cross_rows[:, :, i] for i in range(4))
+        return modulate(n, shift_a2v, scale_a2v), modulate(n, shift_v2a, scale_v2a)
+
+    def cross_gate(self, cond: Conditioning) -> Float[Array, "batch 1 dim"]:
+        """The gate on what this stream receives from the other."""
+        assert cond.cross_gate is not None
+        return self.cross_scale_shift_table.get_value()[4].astype(cond.cross_gate.dtype) + cond.cross_gate[:, :, 0]
+
+    def feed_forward(self, x: Tokens, cond: Conditioning) -> Tokens:
+        shift, scale, gate = self.rows(cond, 3)
+        return x + self.ff(modulate(rms_norm(x, self.eps), shift, scale)) * gate
+
+
+class Block(nnx.Module):
+    """One transformer block of both streams."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        video, audio = config.video, config.audio
+        stream = {"eps": config.eps, "gated": config.gated_attention}
+        self.video = StreamBlock(video, **stream, rngs=rngs)
+        self.audio = StreamBlock(audio, **stream, rngs=rngs)
+        cross = {"num_heads": audio.num_heads, "head_dim": audio.head_dim, **stream}
+        self.audio_to_video = Attention(video.dim, audio.dim, **cross, rngs=rngs)
+        self.video_to_audio = Attention(audio.dim, video.dim, **cross, rngs=rngs)
+
+    def __call__(
+        self,
+        x: VideoTokens | None,
+        ax: AudioTokens | None,
+        video: Conditioning | None,
+        audio: Conditioning | None,
+        keep: Keep | None,
+    ) -> tuple[VideoTokens | None, AudioTokens | None]:
+        """Video tokens `x` and audio tokens `ax`, one block further."""
+        update_video = video is not None and video.enabled
+        update_audio = audio is not None and audio.enabled
+        if update_video:
+            x = self.video.attend(x, video, None if keep is None else keep.video_self)
+        if update_audio:
+            ax = self.audio.attend(ax, audio, None if keep is None else keep.audio_self)
+
+        if video is not None and audio is not None:
+            # Both directions read the streams as they are before either is updated.
+            video_a2v, video_v2a = self.video.cross_inputs(rms_norm(x, self.eps), video)
+            audio_a2v, audio_v2a = self.audio.cross_inputs(rms_norm(ax, self.eps), audio)
+            if update_video:
+                y = self.audio_to_video(
+                    video_a2v, audio_a2v, rotary=video.cross_rotary, context_rotary=audio.cross_rotary
+                )
+                x = x + y * self.video.cross_gate(video) * _per_sample(keep and keep.audio_to_video, y)
+            if update_audio:
+                y = self.video_to_audio(
+                    audio_v2a, video_v2a, rotary=audio.cross_rotary, context_rotary=video.cross_rotary
+                )
+                ax = ax + y * self.audio.cross_gate(audio) * _per_sample(keep and keep.video_to_audio, y)
+
+        if update_video:
+            x = self.video.feed_forward(x, video)
+        if update_audio:
+            ax = self.audio.feed_forward(ax, audio)
+        return x, ax
+
+
+def _per_sample(keep: Float[Array, "batch"] | None, like: Tokens):
+    return 1 if keep is None else keep.astype(like.dtype)[:, None, None]
+
+
+class Stream(nnx.Module):
+    """One modality's way into and out of the blocks."""
+
+    def __init__(self, config: StreamConfig, *, cross_dim: int, cross_heads: int, model: TransformerConfig, rngs):
+        self.config = config
+        self.model = model
+        self.cross_dim = cross_dim
+        self.cross_heads = cross_heads
+        dim = config.dim
+        self.patchify = nnx.Linear(config.in_channels, dim, rngs=rngs)
+        self.adaln = AdaLN(dim, 9, rngs=rngs)
+        self.prompt_adaln = AdaLN(dim, 2, rngs=rngs)
+        self.cross_adaln = AdaLN(dim, 4, rngs=rngs)
+        self.cross_gate_adaln = AdaLN(dim, 1, rngs=rngs)
+        self.scale_shift_table = nnx.Param(jnp.zeros((2, dim)))
+        self.proj_out = nnx.Linear(dim, config.out_channels, rngs=rngs)
+
+    def condition(
+        self, x: StreamInput, other: StreamInput | None, *, cross_max_seconds: float
+    ) -> tuple[Conditioning, Float[Array, "batch #tokens dim"]]:
+        """Everything the blocks need, and the timestep embedding that the output needs.
+
+        Scale and shift between the streams follow this stream's own timesteps, the gate the other's sigma (the rule
+        of ltx-core 1.2.0; 1.0.0 and diffusers take the other's sigma for both).
+        """
+        model, dtype = self.model, x.tokens.dtype
+        rows, embedding = self.adaln(x.timesteps * model.timestep_scale, dtype)
+        prompt_rows, _ = self.prompt_adaln(x.sigma[:, None] * model.timestep_scale, dtype)
+        middle = jnp.mean(x.positions.astype(jnp.float32), axis=-1)
+        fractions = middle / jnp.asarray(self.config.max_pos, jnp.float32)
+        rotary = rotary_tables(
+            fractions, dim=self.config.dim, num_heads=self.config.num_heads, theta=model.rope_theta, dtype=dtype
+        )
+        cross_rows = cross_gate = cross_rotary = None
+        if other is not None:
+            cross_rows, _ = self.cross_adaln(x.timesteps * model.timestep_scale, dtype)
+            cross_gate, _ = self.cross_gate_adaln(other.sigma[:, None] * model.av_gate_timestep_scale, dtype)
+            cross_rotary = rotary_tables(
+                middle[..., :1] / cross_max_seconds,  # time alone, for video as well
+                dim=self.cross_dim,
+                num_heads=self.cross_heads,
+                theta=model.rope_theta,
+                dtype=dtype,
+            )
+        conditioning = Conditioning(
+            rows=rows,
+            prompt_rows=prompt_rows,
+            cross_rows=cross_rows,
+            cross_gate=cross_gate,
+            rotary=rotary,
+            cross_rotary=cross_rotary,
+            context=x.context.astype(dtype),
+            context_bias=None if x.context_mask is None else mask_to_bias(x.context_mask[:, None, :]),
+            self_bias=None if x.self_mask is None else mask_to_bias(x.self_mask),
+            enabled=x.enabled,
+        )
+        return conditioning, embedding
+
+    def velocity(
+        self, x: Float[Array, "batch tokens dim"], embedding: Float[Array, "batch #tokens dim"]
+    ) -> Float[Array, "batch tokens out_channels"]:
+        """The blocks' output to velocities, modulated by the timestep embedding."""
+        table = self.scale_shift_table.get_value().astype(x.dtype)
+        shift, scale = table[0] + embedding, table[1] + embedding
+        return self.proj_out(modulate(layer_norm(x, self.model.eps), shift, scale))
+
+
+class Transformer(nnx.Module):
+    """Noisy video and audio tokens, noise levels and text to velocities."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        cross = {"cross_dim": config.cross_dim, "cross_heads": config.audio.num_heads, "model": config}
+        self.video = Stream(config.video, **cross, rngs=rngs)
+        self.audio = Stream(config.audio, **cross, rngs=rngs)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+
+    def __call__(
+        self, video: StreamInput | None = None, audio: StreamInput | None = None, *, keep: Keep | None = None
+    ) -> Velocity:
+        """Predicts the velocity of each present modality. `keep` arrays have axes layer, sample."""
+        # Both streams share one time range in the attention between them.
+        seconds = max(self.config.video.max_pos[0], self.config.audio.max_pos[0])
+        video_cond = audio_cond = video_embedding = audio_embedding = None
+        if video is not None:
+            video_cond, video_embedding = self.video.condition(video, audio, cross_max_seconds=seconds)
+        if audio is not None:
+            audio_cond, audio_embedding = self.audio.condition(audio, video, cross_max_seconds=seconds)
+
+        x = None if video is None else self.video.patchify(video.tokens)
+        ax = None if audio is None else self.audio.patchify(audio.tokens)
+
+        def step(block: Block, streams, layer_keep: Keep | None):
+            return block(*streams, video_cond, audio_cond, layer_keep), None
+
+        (x, ax), _ = run_layers(self.blocks, step, (x, ax), keep)
+        return Velocity(
+            None if x is None else self.video.velocity(x, video_embedding),
+            None if ax is None else self.audio.velocity(ax, audio_embedding),
+        )

@@ -1,0 +1,67 @@
+"""Shared by all tests: where the reference data lies, and models filled from a published checkpoint."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from convert.mapping import Table, flatten, plan
+
+DATA = Path(__file__).parent / "data"
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def ltx_dir() -> Path:
+    """Tiny models and what the reference computes with them."""
+    return DATA / "ltx"
+
+
+@pytest.fixture(scope="session")
+def mini_release() -> Path:
+    """A whole release in the published file layout, with reference clips."""
+    return DATA / "mini-release"
+
+
+@pytest.fixture(scope="session")
+def ltx_config(ltx_dir: Path) -> dict:
+    return json.loads((ltx_dir / "config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def reference(ltx_dir: Path) -> Callable[[str], dict[str, np.ndarray]]:
+    """`reference("video_vae")`: the arrays of one reference file."""
+    return lambda name: load_file(ltx_dir / f"{name}.safetensors")
+
+
+def read_prefix(path: Path, prefix: str) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file below `prefix`, which is cut off."""
+    with safe_open(path, "np") as file:
+        return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+
+
+def fill(make: Callable[[], nnx.Module], table: Table, tensors: Mapping[str, np.ndarray]):
+    """Builds a model from shapes alone and fills it from published tensors through its table; nothing may be left."""
+    from einops import rearrange
+
+    abstract = nnx.eval_shape(make)
+    graphdef, state = nnx.split(abstract)
+    flat = dict(nnx.to_flat_state(state))
+    names = {".".join(map(str, path)): path for path in flat}
+    p = plan(table, {k: v.shape for k, v in tensors.items()}, {k: flat[v].get_value().shape for k, v in names.items()})
+    assert p.ok, p
+    for step in p.steps:
+        path = names[step.target]
+        array = rearrange(tensors[step.source], step.pattern)
+        flat[path] = flat[path].replace(jax.numpy.asarray(array))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+__all__ = ["DATA", "fill", "flatten", "read_prefix"]
