@@ -33,6 +33,7 @@ class LatentState:
     clean: Tokens  # what tokens with a mask below 1 are held to
     mask: Float[Array, "1 tokens"] | None  # 1 generate, 0 keep; None: all 1
     positions: Positions
+    num_generated: int = field(metadata={"static": True})  # tokens of the clip itself; those behind are appended
     # Nothing is generated: the model sees this modality at sigma 0.
     frozen: bool = field(default=False, metadata={"static": True})
 
@@ -61,7 +62,7 @@ class LatentState:
 
 
 def _state(tokens: Tokens, clean: Tokens, positions: Positions) -> LatentState:
-    return LatentState(initial=tokens, clean=clean, mask=None, positions=positions)
+    return LatentState(initial=tokens, clean=clean, mask=None, positions=positions, num_generated=tokens.shape[1])
 
 
 def video_state(grid: VideoGrid, *, channels: int, dtype, latents: VideoLatents | None = None) -> LatentState:

@@ -304,14 +304,22 @@ class VideoVAEConfig:
     patch_size: int
     encoder_blocks: tuple[VAEBlock, ...]  # in the order of the encoder
     decoder_blocks: tuple[VAEBlock, ...]  # in the order of the metadata: output first; the decoder is built reversed
-    encoder_base_channels: int
-    decoder_base_channels: int
+    encoder_base_channels: int  # width of the encoder's first layers
+    decoder_base_channels: int  # an eighth of the width of the decoder's first layers
 
     @property
     def scale(self) -> tuple[int, int, int]:
         """Pixels per latent in (time, height, width): (8, 32, 32) in LTX-2.3."""
-        time, height, width = (prod(block.stride[axis] for block in self.encoder_blocks) for axis in range(3))
+        return self._scale(self.encoder_blocks)
+
+    def _scale(self, blocks: tuple[VAEBlock, ...]) -> tuple[int, int, int]:
+        time, height, width = (prod(block.stride[axis] for block in blocks) for axis in range(3))
         return time, height * self.patch_size, width * self.patch_size
+
+    @property
+    def decoder_channels(self) -> int:
+        """Width of the decoder's first layers: the published block lists halve it three times on the way to the end."""
+        return 8 * self.decoder_base_channels
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "VideoVAEConfig":
@@ -336,7 +344,9 @@ class VideoVAEConfig:
             for kind, _ in entries:
                 if kind not in kinds:
                     raise ConfigError(f"the vae configuration has a block {kind!r}; implemented: {sorted(kinds)}")
-            settings = ((kind, {"num_layers": args} if isinstance(args, int) else args) for kind, args in entries)
+            settings = [(kind, {"num_layers": args} if isinstance(args, int) else args) for kind, args in entries]
+            for kind, args in settings:
+                _refuse_unless(f"vae (block {kind})", args, {"residual": False, "inject_noise": False})
             return tuple(
                 VAEBlock(
                     kind=kind,
@@ -346,15 +356,23 @@ class VideoVAEConfig:
                 for kind, args in settings
             )
 
-        return cls(
+        config = cls(
             pixel_channels=metadata.get("in_channels", 3),
             latent_channels=channels,
             patch_size=metadata.get("patch_size", 4),
             encoder_blocks=blocks(encoder, {"res_x", "compress_space_res", "compress_time_res", "compress_all_res"}),
             decoder_blocks=blocks(decoder, {"res_x", "compress_space", "compress_time", "compress_all"}),
-            encoder_base_channels=metadata.get("encoder_base_channels", 128),
+            # The reference makes the encoder's first layers as wide as the latents, whatever the metadata says; in the
+            # released file both are 128.
+            encoder_base_channels=channels,
             decoder_base_channels=metadata.get("decoder_base_channels", 128),
         )
+        if config.scale != config._scale(config.decoder_blocks):
+            raise ConfigError(
+                f"the vae configuration has an encoder that shrinks (time, height, width) by {config.scale} and a "
+                f"decoder that grows them by {config._scale(config.decoder_blocks)}; they must agree"
+            )
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,13 +432,20 @@ class AudioVAEConfig:
         )
         preprocessing = metadata.get("preprocessing", {})
         stft, mel = preprocessing.get("stft", {}), preprocessing.get("mel", {})
+        audio_channels = dd.get("in_channels", 2)
+        _refuse_unless("audio_vae", dd, {"out_ch": audio_channels})
+        mel_bins = mel.get("n_mel_channels", dd.get("mel_bins", 64))
+        if mel_bins % 2 ** (len(multipliers) - 1):
+            raise ConfigError(
+                f"the audio_vae configuration has {mel_bins} mel bins, which {len(multipliers)} levels cannot halve"
+            )
         return cls(
-            audio_channels=dd.get("in_channels", 2),
+            audio_channels=audio_channels,
             latent_channels=channels,
             base_channels=base,
             channel_multipliers=tuple(multipliers),
             num_res_blocks=res_blocks,
-            mel_bins=mel.get("n_mel_channels", dd.get("mel_bins", 64)),
+            mel_bins=mel_bins,
             sample_rate_hz=params.get("sampling_rate", 16000),
             n_fft=stft.get("filter_length", 1024),
             hop_length=stft.get("hop_length", 160),
@@ -461,6 +486,12 @@ class GeneratorConfig:
             "resblock_kernel_sizes",
             "resblock_dilation_sizes",
         )
+        if len(rates) != len(kernels) or len(res_kernels) != len(dilations) or initial % 2 ** len(rates):
+            raise ConfigError(
+                f"the vocoder configuration has {len(rates)} upsample rates and {len(kernels)} kernels, "
+                f"{len(res_kernels)} resblock kernels and {len(dilations)} dilations (both must agree), "
+                f"and {initial} channels, which every rate halves"
+            )
         return cls(
             initial_channels=initial,
             upsample_rates=tuple(rates),
@@ -493,7 +524,7 @@ class VocoderConfig:
         hop, n_fft, num_mels = _need("vocoder", bwe, "hop_length", "n_fft", "num_mels")
         if bwe.get("win_size", n_fft) != n_fft:
             raise ConfigError(f"the vocoder configuration has win_size {bwe['win_size']} and n_fft {n_fft}; must agree")
-        return cls(
+        config = cls(
             audio_channels=2,
             mel_bins=mel_bins,
             base=GeneratorConfig.from_metadata(base),
@@ -504,6 +535,12 @@ class VocoderConfig:
             input_sample_rate_hz=bwe.get("input_sampling_rate", 16000),
             sample_rate_hz=bwe.get("output_sampling_rate", 48000),
         )
+        if config.bwe.hop_length * config.input_sample_rate_hz != hop * config.sample_rate_hz:
+            raise ConfigError(
+                f"the vocoder configuration extends {config.input_sample_rate_hz} Hz to {config.sample_rate_hz} Hz, "
+                f"but its bwe makes {config.bwe.hop_length} samples from {hop}"
+            )
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,9 +550,19 @@ class UpscalerConfig:
     in_channels: int
     mid_channels: int
     num_blocks_per_stage: int
-    spatial_scale: float  # 2.0 or 1.5; 1.0 for a temporal upscaler
+    spatial_scale: float  # 2.0 or 1.5, rational also 0.75 and 4.0; 1.0 for a temporal upscaler
     temporal_scale: int  # 2, or 1 for a spatial upscaler
-    rational: bool  # the x1.5 resampler (up by 3, blur, down by 2)
+    rational: bool  # resampler of x1.5: up by 3, blur, down by 2
+
+    @property
+    def kind(self) -> str:
+        """`spatial`, `rational` or `temporal`: which of three upsamplers, and so which tensors there are."""
+        return "temporal" if self.temporal_scale > 1 else "rational" if self.rational else "spatial"
+
+    @property
+    def ratio(self) -> tuple[int, int]:
+        """The spatial scale as up by the first, down by the second number: (3, 2) for 1.5."""
+        return self.spatial_scale.as_integer_ratio()
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "UpscalerConfig":
@@ -527,8 +574,14 @@ class UpscalerConfig:
             raise ConfigError("an upscaler must be either spatial or temporal; the configuration says both or neither")
         rational = bool(metadata.get("rational_resampler", False)) and spatial
         scale = float(metadata.get("spatial_scale", 2.0)) if spatial else 1.0
-        if spatial and scale not in ({2.0, 1.5, 0.75, 4.0} if rational else {2.0}):
-            raise ConfigError(f"an upscaler of spatial scale {scale} (rational_resampler {rational}) is not implemented")
+        implemented = (0.75, 1.5, 2.0, 4.0) if rational else (2.0,)
+        if spatial and scale not in implemented:
+            raise ConfigError(
+                f"the upscaler configuration has spatial_scale {scale} and rational_resampler {rational}; implemented "
+                f"with that: {', '.join(map(str, implemented))}"
+            )
+        if mid % 32:
+            raise ConfigError(f"the upscaler configuration has mid_channels {mid}; must be a multiple of 32")
         return cls(
             in_channels=channels,
             mid_channels=mid,

@@ -15,6 +15,7 @@ from ltx_jax.config import AudioVAEConfig
 VideoLatents = Float[Array, "batch frames height width channels"]
 AudioLatents = Float[Array, "batch time bins channels"]
 Tokens = Float[Array, "batch tokens channels"]
+AudioTokens = Float[Array, "batch time features"]
 Positions = Float[Array, "1 tokens axes 2"]  # [start, end) of each token: seconds, then pixels
 
 
@@ -95,8 +96,8 @@ def video_positions(
     *,
     fps: float,
     scale: tuple[int, int, int] = (8, 32, 32),
-    downscale: float = 1,
-    time_stretch: float = 1,
+    downscale: float = 1.0,
+    time_stretch: float = 1.0,
 ) -> Positions:
     """Positions of the tokens of a latent grid (frames, height, width): seconds, row and column pixels; float32.
 
@@ -104,14 +105,14 @@ def video_positions(
     output by `downscale`, and on its time by `time_stretch`.
     """
     frames, height, width = latent_shape
-    time = np.maximum(_steps(frames, scale[0]) + 1 - scale[0], 0).astype(np.float32)
+    time = np.maximum(_steps(frames, float(scale[0])) + 1 - scale[0], 0).astype(np.float32)
     first = time[:1].copy()
     time = time * np.float32(time_stretch)
     if time_stretch != 1:
         # The first frame stays one frame long and the others follow it.
         time = np.concatenate([first, time[1:] + first[:, 1:] * np.float32(1 - time_stretch)])
     time = time / np.float32(fps)
-    rows, columns = (_steps(n, s * downscale) for n, s in ((height, scale[1]), (width, scale[2])))
+    rows, columns = (_steps(n, float(s * downscale)) for n, s in ((height, scale[1]), (width, scale[2])))
     return jnp.asarray(_bounds([time, rows, columns])[None])
 
 
@@ -120,7 +121,7 @@ def keyframe_positions(
 ) -> Positions:
     """Positions of one image (latent height, width) shown at pixel frame `frame`."""
     time = np.array([[frame, frame + 1]], np.float32) / np.float32(fps)
-    rows, columns = (_steps(n, s) for n, s in zip(latent_shape, scale[1:], strict=True))
+    rows, columns = (_steps(n, float(s)) for n, s in zip(latent_shape, scale[1:], strict=True))
     return jnp.asarray(_bounds([time, rows, columns])[None])
 
 
@@ -141,10 +142,10 @@ def unpatchify_video(tokens: Tokens, grid: VideoGrid) -> VideoLatents:
     return rearrange(tokens, "b (f h w) c -> b f h w c", h=grid.latent_height, w=grid.latent_width)
 
 
-def patchify_audio(latents: AudioLatents) -> Tokens:
+def patchify_audio(latents: AudioLatents) -> AudioTokens:
     """One token a latent frame; feature index = channel * bins + bin."""
     return rearrange(latents, "b t bins c -> b t (c bins)")
 
 
-def unpatchify_audio(tokens: Tokens, config: AudioVAEConfig) -> AudioLatents:
+def unpatchify_audio(tokens: AudioTokens, config: AudioVAEConfig) -> AudioLatents:
     return rearrange(tokens, "b t (c bins) -> b t bins c", bins=config.latent_bins)

@@ -42,13 +42,21 @@ def ltx2_sigmas(num_steps: int, *, num_tokens: int = 4096, terminal: float | Non
     one = np.float32(1)
     slope = (2.05 - 0.95) / (4096 - 1024)
     shift = np.float32(math.exp(num_tokens * slope + 0.95 - 1024 * slope))
-    levels = np.linspace(1, 0, num_steps + 1).astype(np.float32)[:-1]
+    levels = _linspace_down(num_steps)[:-1]
     # A number divided by an array is the number times the reciprocal in the reference's framework.
     sigmas = (one / (shift + (one / levels - one))) * shift
     if terminal is not None:
         rest = one - sigmas
         sigmas = one - rest / (rest[-1] / np.float32(1 - terminal))
     return np.append(sigmas, np.float32(0))
+
+
+def _linspace_down(num_steps: int) -> np.ndarray:
+    """1 to 0 in float32 as the reference's framework counts: from each end to the middle, the step itself float32."""
+    step = np.float64(np.float32(-1) / np.float32(num_steps))
+    index = np.arange(num_steps + 1)
+    levels = np.where(index < (num_steps + 1) // 2, 1 + step * index, -step * (num_steps - index))
+    return levels.astype(np.float32)
 
 
 def linear_quadratic_sigmas(

@@ -1,0 +1,219 @@
+"""Prompt to clip on the command line: arguments in, one pipeline call, files out.
+
+    python generate.py --checkpoint DIR --prompt "a heron lands on still water" --output heron.mp4
+"""
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+def _enable_compile_cache() -> None:
+    """Keeps compiled programs in the user's cache folder; must run before JAX compiles anything."""
+    import jax
+
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if folder is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "ltx-jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+_enable_compile_cache()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from einops import rearrange  # noqa: E402
+from safetensors.flax import save_file  # noqa: E402
+
+from ltx_jax.checkpoint import MANIFEST  # noqa: E402
+from ltx_jax.media import check_writable, write_mp4, written_whole  # noqa: E402
+from ltx_jax.pipeline import Latents, load_pipeline  # noqa: E402
+from ltx_jax.progress import TerminalProgress  # noqa: E402
+from ltx_jax.settings import Settings  # noqa: E402
+
+CLIP_FORMAT = "ltx-jax clip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Generates a clip with sound from a prompt, from a checkpoint that `python -m convert` made."""
+
+    checkpoint: Path
+    """The converted checkpoint folder."""
+    output: Path = Path("clip.mp4")
+    """The clip to write; its settings go beside it as .json."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    lora: tuple[str, ...] = ()
+    """LoRA files as PATH or PATH:STRENGTH."""
+    save_latents: Path | None = None
+    """Also write the final latents (out.video_latent, out.audio_latent) to this safetensors file."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of activations; None: float32 on a CPU (the reference's numbers), bfloat16 elsewhere."""
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """A clip's .json: repeat that clip; flags given as well take the place of its settings."""
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be used."""
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`PATH` or `PATH:STRENGTH`."""
+    path, colon, strength = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return Path(path), float(strength)
+        except ValueError:
+            pass
+    if not Path(text).exists():
+        raise UsageError(f"there is no LoRA file at {text}; give --lora PATH or --lora PATH:STRENGTH")
+    return Path(text), 1.0
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_clip_json(path: Path) -> dict[str, Any]:
+    """What a clip's .json says. Raises UsageError if it is not one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as the .json of a clip: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != CLIP_FORMAT:
+        raise UsageError(f"{path} was not written beside a clip by generate.py")
+    return content
+
+
+def arguments_from(content: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that a clip's .json gives to the arguments."""
+    known = {f.name for f in fields(Settings)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items() if k in known}
+    for name in ("image", "noise"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    for path, digest in content["files"].items():
+        if not Path(path).is_file():
+            raise UsageError(f"the clip was made with {path}, which is not there any more")
+        if sha256(Path(path)) != digest:
+            warnings.warn(f"{path} has changed since the clip was made: the new clip will differ", stacklevel=2)
+    return {
+        "checkpoint": Path(content["checkpoint"]),
+        "settings": Settings(**values),
+        "lora": tuple(content["lora"]),
+        "dtype": content["dtype"],
+    }
+
+
+def parse_arguments(argv: list[str]) -> tuple[Arguments, dict[str, Any] | None]:
+    """The arguments, those of an earlier clip filled in below those given."""
+    earlier = None
+    for index, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name == "--from":
+            if not value and index + 1 == len(argv):
+                break
+            earlier = read_clip_json(Path(value or argv[index + 1]))
+    if earlier is None:
+        return tyro.cli(Arguments, args=argv), None
+    default = Arguments(**arguments_from(earlier))
+    return tyro.cli(Arguments, args=argv, default=default), earlier
+
+
+def clip_json(arguments: Arguments, loras: list[tuple[Path, float]]) -> dict[str, Any]:
+    """Everything needed to make the same clip again, bit for bit on the same machine."""
+    settings = arguments.settings
+    values = asdict(settings)
+    files = [path.resolve() for path, _ in loras]
+    for name in ("image", "noise"):
+        path = getattr(settings, name)
+        if path is not None:
+            files.append(path.resolve())
+            values[name] = str(path.resolve())
+    return {
+        "format": CLIP_FORMAT,
+        "settings": values,
+        "checkpoint": str(arguments.checkpoint.resolve()),
+        "checkpoint_sha256": sha256(arguments.checkpoint / MANIFEST),
+        "lora": [f"{path.resolve()}:{strength}" for path, strength in loras],
+        "dtype": arguments.dtype,
+        "files": {str(path): sha256(path) for path in files},
+        "device": jax.devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+
+
+def save_latents(path: Path, latents: Latents) -> None:
+    """Writes the latents in the axes that the reference uses: channels before frames."""
+    with written_whole(path) as temporary:
+        arrays = {
+            "out.video_latent": rearrange(latents.video, "b f h w c -> b c f h w"),
+            "out.audio_latent": rearrange(latents.audio, "b t bins c -> b c t bins"),
+        }
+        save_file({name: jnp.asarray(array) for name, array in arrays.items()}, str(temporary))
+
+
+def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
+    settings, output = arguments.settings, arguments.output
+    if output.suffix.lower() != ".mp4":
+        raise UsageError(f"the output must end in .mp4, got {output}")
+    for path in (output, output.with_suffix(".json"), arguments.save_latents):
+        if path is not None:
+            check_writable(path)
+    loras = [parse_lora(text) for text in arguments.lora]
+    progress = TerminalProgress()
+    pipe = load_pipeline(arguments.checkpoint, dtype=arguments.dtype, loras=loras, progress=progress)
+    pipe.check(settings)
+    facts = clip_json(arguments, loras)
+    if earlier is not None:
+        for name in ("checkpoint_sha256", "device", "versions"):
+            if earlier.get(name) != facts[name]:
+                progress.console.print(f"[yellow]{name} is not what the clip was made with: it may differ")
+    progress.console.print(
+        f"{settings.pipeline}: {settings.width}x{settings.height}, {settings.num_frames} frames at {settings.fps:g} "
+        f"fps, seed {settings.seed}, {pipe.dtype.name} on {facts['device']}"
+    )
+    latents = pipe.generate_latents(settings)
+    # Each model makes room for the next.
+    pipe.free("gemma", "connectors", "transformer")
+    if arguments.save_latents is not None:
+        save_latents(arguments.save_latents, latents)
+    waveform = pipe.decode_audio(latents.audio)
+    frames = (frame for chunk in pipe.decode_video(latents.video) for frame in chunk)
+    write_mp4(
+        output, frames, fps=settings.fps, waveform=waveform, sample_rate_hz=pipe.configs.vocoder.sample_rate_hz
+    )
+    with written_whole(output.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    progress.console.print(f"wrote {output} and {output.with_suffix('.json')}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs; returns 0, or 2 where the arguments or files cannot be used, with the reason on standard error."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        run(*parse_arguments(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        # Every error of bad input is a ValueError whose text says what to do; a fault of ours keeps its traceback.
+        if type(error).__module__.partition(".")[0] in ("ltx_jax", "hlwq_jax", "generate", "__main__", "builtins"):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        raise
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

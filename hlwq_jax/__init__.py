@@ -1,0 +1,54 @@
+"""HLWQ (PolarQuant) quantized weights for any JAX model: read, write, and multiply straight from packed codes."""
+
+from hlwq_jax.codebook import TABLES, TableName, lloyd_max
+from hlwq_jax.hadamard import hadamard_matrix, hadamard_transform
+from hlwq_jax.linear import Packed, QuantizedLinear, quantize_linears, replace_linears
+from hlwq_jax.matmul import FORMS, Form, choose_form, dequantize_planes, quantized_matmul
+from hlwq_jax.names import ResolvedStems, mangle, resolve_stems
+from hlwq_jax.packing import Packing, pack, packed_length, unpack
+from hlwq_jax.planes import pack_planes, plane_widths, planes_from_stream, unpack_planes
+from hlwq_jax.quantize import Quantized, dequantize, quantize
+from hlwq_jax.reader import Package, find_sidecar, find_tensors, open_folder, read_package
+from hlwq_jax.stored import StoredWeight
+from hlwq_jax.tensors import FormatError, LazyTensor, TensorFile, TensorInfo
+
+__all__ = [
+    "FORMS",
+    "TABLES",
+    "Form",
+    "FormatError",
+    "LazyTensor",
+    "Package",
+    "Packed",
+    "Packing",
+    "Quantized",
+    "QuantizedLinear",
+    "ResolvedStems",
+    "StoredWeight",
+    "TableName",
+    "TensorFile",
+    "TensorInfo",
+    "choose_form",
+    "dequantize",
+    "dequantize_planes",
+    "find_sidecar",
+    "find_tensors",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "lloyd_max",
+    "mangle",
+    "open_folder",
+    "pack",
+    "pack_planes",
+    "packed_length",
+    "plane_widths",
+    "planes_from_stream",
+    "quantize",
+    "quantize_linears",
+    "quantized_matmul",
+    "read_package",
+    "replace_linears",
+    "resolve_stems",
+    "unpack",
+    "unpack_planes",
+]

@@ -1,0 +1,138 @@
+"""`x @ weight.T` straight from packed codes, with the Hadamard rotation in one of three places.
+
+* "rotate_input" rotates the activations, `x·H`, and multiplies by levels times norms. Cheapest where there are fewer
+  tokens than outputs that share x; layers that share x (queries, keys, values) share one rotation, as XLA merges them.
+* "rotate_weight" rotates the weight back, one block-sized matrix product in the activations' dtype. Else cheapest.
+* "exact" computes the weight as the original decoder does: float32, then rounded to bfloat16. It is the form for
+  float32 activations and the yardstick for the others, whose weight is rounded before or without the rotation.
+
+The scalings of the first two are powers of two, `H·2^-4` and `norm·2^-3` at blocks of 128, so they round nothing.
+"""
+
+import math
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Float16, Float32, UInt32
+
+from hlwq_jax.hadamard import hadamard_matrix, precision_for, rotate
+from hlwq_jax.planes import unpack_planes
+
+Form = Literal["rotate_input", "rotate_weight", "exact"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+def choose_form(*, num_tokens: int, shared_outputs: int, dtype: jax.typing.DTypeLike) -> Form:
+    """The form for a product, from shapes alone: `shared_outputs` counts the outputs of all layers that share x."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return "exact"
+    return "rotate_input" if num_tokens < shared_outputs else "rotate_weight"
+
+
+def quantized_matmul(
+    x: Float[Array, "*batch in"],
+    lo: UInt32[Array, "out lo"],
+    hi: UInt32[Array, "out hi"] | None,
+    norms: Float16[Array, "out blocks"],
+    centroids: Float32[Array, " levels"],
+    *,
+    bits: int,
+    block_size: int,
+    form: Form | Literal["auto"] = "auto",
+    shared_outputs: int | None = None,
+) -> Float[Array, "*batch out"]:
+    """Multiplies activations by a packed weight, in x's dtype; "auto" picks the form by `choose_form`.
+
+    Gradients flow to x alone. The backward pass unpacks the weight again instead of keeping it.
+    """
+    padded = norms.shape[-1] * block_size
+    if not padded - block_size < x.shape[-1] <= padded:
+        raise ValueError(
+            f"x has {x.shape[-1]} features, but {norms.shape[-1]} blocks of {block_size} hold a weight with "
+            f"{padded - block_size + 1} to {padded} inputs"
+        )
+    if form == "auto":
+        shared_outputs = norms.shape[0] if shared_outputs is None else shared_outputs
+        form = choose_form(num_tokens=math.prod(x.shape[:-1]), shared_outputs=shared_outputs, dtype=x.dtype)
+    elif form not in FORMS:
+        raise ValueError(f"form must be auto or one of {', '.join(FORMS)}, got {form!r}")
+    if x.shape[-1] < padded:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
+    if form == "rotate_input":
+        # Outside the barrier below, so that layers sharing x share this rotation.
+        blocks = x.reshape(*x.shape[:-1], -1, block_size)
+        x = rotate(blocks, exponent=_input_exponent(block_size)).reshape(x.shape)
+    packed = jax.lax.stop_gradient((lo, hi, norms, centroids))
+    return _multiply(x, packed, bits, block_size, form)
+
+
+def dequantize_planes(
+    lo: UInt32[Array, "*layers out lo"],
+    hi: UInt32[Array, "*layers out hi"] | None,
+    norms: Float16[Array, "*layers out blocks"],
+    centroids: Float32[Array, "*layers levels"],
+    *,
+    bits: int,
+    block_size: int,
+) -> BFloat16[Array, "*layers out padded"]:
+    """The weight as the original decoder computes it, padding included; leading axes hold stacked layers."""
+    unpack = partial(_exact_weight, bits=bits, block_size=block_size)
+    for _ in range(norms.ndim - 2):
+        unpack = jax.vmap(unpack)
+    return unpack((lo, hi, norms, centroids))
+
+
+@partial(jax.checkpoint, static_argnums=(2, 3, 4))
+def _multiply(x, packed, bits: int, block_size: int, form: Form):
+    # The barrier ties unpacking to this product: without it XLA may unpack all layers first and keep their weights.
+    packed, x = jax.lax.optimization_barrier((packed, x))
+    packed = jax.lax.stop_gradient(packed)  # again: the barrier's derivative has a gradient for every operand
+    if form == "exact":
+        weight = _exact_weight(packed, bits=bits, block_size=block_size).astype(x.dtype)
+    elif form == "rotate_input":
+        # The power of two that the rotation of x has not taken: together they make 1 / block_size.
+        exponent = _log2(block_size) - _input_exponent(block_size)
+        weight = _levels_times_norms(packed, bits=bits, block_size=block_size, exponent=exponent).astype(x.dtype)
+    else:
+        blocks = _levels_times_norms(packed, bits=bits, block_size=block_size, exponent=0).astype(x.dtype)
+        weight = rotate(blocks, exponent=_log2(block_size))
+    weight = weight.reshape(weight.shape[0], -1)
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=precision_for(x.dtype),
+        preferred_element_type=x.dtype,
+    )
+
+
+def _exact_weight(packed, *, bits: int, block_size: int) -> jax.Array:
+    lo, hi, norms, centroids = packed
+    scaled = centroids / jnp.float32(block_size**0.5)
+    blocks = _lookup(lo, hi, scaled, bits=bits, shape=(*norms.shape, block_size))
+    blocks = jnp.matmul(blocks, hadamard_matrix(block_size), precision=jax.lax.Precision.HIGHEST)
+    # Rounded to bfloat16 by an operation of its own: inside jit a cast there and back is compiled away.
+    weight = jax.lax.reduce_precision(blocks * norms.astype(jnp.float32)[..., None], exponent_bits=8, mantissa_bits=7)
+    return weight.astype(jnp.bfloat16).reshape(norms.shape[0], -1)
+
+
+def _levels_times_norms(packed, *, bits: int, block_size: int, exponent: int) -> jax.Array:
+    lo, hi, norms, centroids = packed
+    blocks = _lookup(lo, hi, centroids, bits=bits, shape=(*norms.shape, block_size))
+    return blocks * (norms.astype(jnp.float32) * jnp.float32(2.0**-exponent))[..., None]
+
+
+def _lookup(lo, hi, table, *, bits: int, shape: tuple[int, ...]) -> jax.Array:
+    codes = unpack_planes(lo, hi, bits=bits, num_codes=math.prod(shape[1:]))
+    # In bounds by construction (the reader checks the largest code), so the gather needs no clamping.
+    return table.at[codes.reshape(shape)].get(mode="promise_in_bounds")
+
+
+def _log2(block_size: int) -> int:
+    return block_size.bit_length() - 1
+
+
+def _input_exponent(block_size: int) -> int:
+    return (_log2(block_size) + 1) // 2

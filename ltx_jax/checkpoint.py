@@ -1,0 +1,207 @@
+"""The checkpoint folder that `python -m convert` writes and `load.py` reads: components, parts and the manifest.
+
+    DEST/manifest.json             written last: a folder without it is not a checkpoint
+    DEST/tokenizer/                tokenizer.json and tokenizer_config.json as published
+    DEST/<component>/<part>/       one Orbax checkpoint: a flat dictionary, parameter path -> array
+
+A component is one model; a part is one of its layers (`blocks.007`), or `shared` for what belongs to none. So neither
+side ever holds more than one layer of a large model twice. A quantized linear stores its packed planes (`lo`, `hi`,
+`norms`, `centroids`) where a plain one stores `kernel`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from ltx_jax.config import (
+    AudioVAEConfig,
+    ConfigError,
+    GemmaConfig,
+    TextConnectorsConfig,
+    TransformerConfig,
+    UpscalerConfig,
+    VideoVAEConfig,
+    VocoderConfig,
+)
+from ltx_jax.models.audio_vae import AudioVAE
+from ltx_jax.models.connector import TextConnectors
+from ltx_jax.models.gemma import Gemma
+from ltx_jax.models.transformer import Transformer
+from ltx_jax.models.upscaler import LatentUpscaler
+from ltx_jax.models.video_vae import VideoVAE
+from ltx_jax.models.vocoder import Vocoder
+
+FORMAT = "ltx-jax checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+LAYERED = ("transformer", "connectors", "gemma")  # stored, restored and stacked layer by layer
+UPSCALERS = ("upscaler_spatial_x2", "upscaler_spatial_x1_5", "upscaler_temporal_x2")
+
+
+class CheckpointError(ValueError):
+    """A folder is not a checkpoint of this library, or lacks what was asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedShape:
+    """What the packed planes of one linear do not say by themselves."""
+
+    in_features: int
+    out_features: int
+    bits: int
+    block_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a checkpoint folder says of itself."""
+
+    metadata: dict[str, Any]  # the published `config`: transformer, vae, audio_vae, vocoder
+    gemma_metadata: dict[str, Any] | None  # config.json of the text encoder; None if the folder has none
+    upscaler_metadata: dict[str, dict[str, Any]]  # component name -> its published `config`
+    text_length: int | None  # tokens a prompt is padded to
+    model_version: str | None
+    parts: dict[str, list[str]]  # component -> its parts
+    quantized: dict[str, dict[str, QuantizedShape]]  # component -> path of a linear -> shape
+    # Published name of every linear of the transformer (below `model.diffusion_model.`) -> its path: what a LoRA names.
+    linear_names: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)  # sources, digests, layout, options, versions
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Reads `folder/manifest.json`. Raises CheckpointError for a missing, foreign or newer folder."""
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise CheckpointError(f"no checkpoint folder at {folder}; `python -m convert SOURCE {folder}` makes one")
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no {MANIFEST}: it is not a converted checkpoint, or its conversion did not finish; "
+                f"run `python -m convert SOURCE DEST` with the published files as SOURCE"
+            )
+        try:
+            content = json.loads(path.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} is not JSON ({error}); convert again") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not the manifest of an {FORMAT}; convert the published files first")
+        if content.get("version") != VERSION:
+            raise CheckpointError(
+                f"{path} has version {content.get('version')}, this program reads {VERSION}; convert again"
+            )
+        quantized = {
+            component: {name: QuantizedShape(**shape) for name, shape in layers.items()}
+            for component, layers in content["quantized"].items()
+        }
+        names = cls.__dataclass_fields__
+        return cls(**{k: v for k, v in content.items() if k in names} | {"quantized": quantized})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configs:
+    """The configuration of every model of a checkpoint."""
+
+    transformer: TransformerConfig
+    connectors: TextConnectorsConfig | None  # None where there is no text encoder
+    gemma: GemmaConfig | None
+    video_vae: VideoVAEConfig
+    audio_vae: AudioVAEConfig
+    vocoder: VocoderConfig
+    upscalers: dict[str, UpscalerConfig]
+
+    @classmethod
+    def from_metadata(
+        cls,
+        metadata: Mapping[str, Any],
+        gemma_metadata: Mapping[str, Any] | None = None,
+        upscaler_metadata: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        num_hidden_states: int | None = None,
+    ) -> "Configs":
+        """Parses the published configuration. Raises ConfigError for what is missing or not implemented.
+
+        `num_hidden_states` is taken from the text encoder where there is one (layers + 1).
+        """
+        missing = [section for section in ("transformer", "vae", "audio_vae", "vocoder") if section not in metadata]
+        if missing:
+            raise ConfigError(f"the checkpoint's configuration lacks the sections {', '.join(missing)}")
+        gemma = None if gemma_metadata is None else GemmaConfig.from_metadata(gemma_metadata)
+        if gemma is not None:
+            num_hidden_states = gemma.num_layers + 1
+        transformer = metadata["transformer"]
+        audio = AudioVAEConfig.from_metadata(metadata["audio_vae"])
+        return cls(
+            transformer=TransformerConfig.from_metadata(transformer),
+            connectors=(
+                TextConnectorsConfig.from_metadata(transformer, num_hidden_states=num_hidden_states)
+                if num_hidden_states
+                else None
+            ),
+            gemma=gemma,
+            video_vae=VideoVAEConfig.from_metadata(metadata["vae"]),
+            audio_vae=audio,
+            vocoder=VocoderConfig.from_metadata(metadata["vocoder"], mel_bins=audio.mel_bins),
+            upscalers={k: UpscalerConfig.from_metadata(v) for k, v in (upscaler_metadata or {}).items()},
+        )
+
+    def abstract(self, component: str) -> nnx.Module:
+        """The model of a component with shapes in place of arrays, its layers in a plain list."""
+        rngs = nnx.Rngs(0)
+        makers = {
+            "transformer": lambda: Transformer(self.transformer, rngs=rngs),
+            "video_vae": lambda: VideoVAE(self.video_vae, rngs=rngs),
+            "audio_vae": lambda: AudioVAE(self.audio_vae, rngs=rngs),
+            "vocoder": lambda: Vocoder(self.vocoder, rngs=rngs),
+            **{k: (lambda v=v: LatentUpscaler(v, rngs=rngs)) for k, v in self.upscalers.items()},
+        }
+        if self.connectors is not None:
+            makers["connectors"] = lambda: TextConnectors(self.connectors, rngs=rngs)
+        if self.gemma is not None:
+            makers["gemma"] = lambda: Gemma(self.gemma, rngs=rngs)
+        if component not in makers:
+            raise CheckpointError(f"there is no component {component!r} here; there are {', '.join(sorted(makers))}")
+        return nnx.eval_shape(makers[component])
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        optional = (("connectors", self.connectors), ("gemma", self.gemma))
+        return (
+            "transformer",
+            *(name for name, config in optional if config is not None),
+            "video_vae",
+            "audio_vae",
+            "vocoder",
+            *self.upscalers,
+        )
+
+
+def upscaler_component(config: UpscalerConfig) -> str:
+    """The component name of an upscaler."""
+    if config.temporal_scale != 1:
+        return f"upscaler_temporal_x{config.temporal_scale}"
+    return f"upscaler_spatial_x{config.spatial_scale:g}".replace(".", "_")
+
+
+def parameter_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Every variable of a model (abstract or not) by its dotted path."""
+    return {
+        ".".join(map(str, path)): tuple(variable.get_value().shape)
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def part_of(component: str, path: str) -> str:
+    """The part a parameter is stored in: its layer (`blocks.007`, `video.blocks.001`), or `shared`.
+
+    Only the large models with many equal layers are cut; the others are one part each.
+    """
+    found = re.match(r"((?:\w+\.)?(?:blocks|layers))\.(\d+)\.", path) if component in LAYERED else None
+    return f"{found[1]}.{int(found[2]):03d}" if found else "shared"

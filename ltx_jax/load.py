@@ -1,0 +1,148 @@
+"""A checkpoint folder to ready models: layer by layer, packed weights staying packed."""
+
+import re
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hlwq_jax import QuantizedLinear, replace_linears
+from ltx_jax.checkpoint import LAYERED, CheckpointError, Configs, Manifest
+from ltx_jax.orbax_io import restore
+from ltx_jax.stack import Stack, stack_layers
+
+
+def load_configs(manifest: Manifest) -> Configs:
+    """The configurations of all models of a checkpoint."""
+    return Configs.from_metadata(manifest.metadata, manifest.gemma_metadata, manifest.upscaler_metadata)
+
+
+def load_component(folder: Path, manifest: Manifest, component: str, *, dtype: Any = None) -> nnx.Module:
+    """One model of a checkpoint, its equal layers stacked for `jax.lax.scan`.
+
+    `dtype` casts plain floating weights (packed ones stay as they are); None keeps what is stored. Peak memory is the
+    model and one layer. Raises CheckpointError if the folder lacks the component or an array does not fit.
+    """
+    if component not in manifest.parts:
+        raise CheckpointError(
+            f"{folder} has no {component}; it holds {', '.join(sorted(manifest.parts))}. "
+            "Convert again with the files that contain it (`python -m convert --help`)"
+        )
+    model = load_configs(manifest).abstract(component)
+    quantized = manifest.quantized.get(component, {})
+
+    def packed(path: tuple, linear: nnx.Linear) -> nnx.Module | None:
+        shape = quantized.get(".".join(map(str, path)))
+        if shape is None:
+            return None
+        return QuantizedLinear.abstract(
+            shape.in_features,
+            shape.out_features,
+            bits=shape.bits,
+            block_size=shape.block_size,
+            use_bias=linear.bias is not None,
+            # Queries, keys and values of self-attention read one input: they share its rotation.
+            shared_outputs=(3 if path[-2] == "self_attn" and path[-1] != "to_out" else 1) * shape.out_features,
+        )
+
+    replaced = replace_linears(model, packed)
+    unplaced = set(quantized) - {".".join(map(str, path)) for path in replaced}
+    if unplaced:
+        raise CheckpointError(f"{folder}: the manifest packs linears that {component} does not have: {sorted(unplaced)[:5]}")
+    lists = _stack_in_place(model) if component in LAYERED else {}
+
+    arrays = _Arrays(model, component)
+    for part in manifest.parts[component]:
+        path = folder / component / part
+        if not path.is_dir():
+            raise CheckpointError(f"{folder} lacks {component}/{part}, which its manifest lists; convert again")
+        for name, array in restore(path).items():
+            arrays.put(*_stacked_name(name, lists), array, dtype)
+    return arrays.merge()
+
+
+def _stack_in_place(model: nnx.Module) -> dict[str, list[int]]:
+    """Stacks every list of layers of the model; returns how many layers each entry of each list now holds."""
+    lists = {}
+    for prefix in ("", "video.", "audio."):
+        for attribute in ("blocks", "layers"):
+            owner = getattr(model, prefix[:-1], None) if prefix else model
+            layers = getattr(owner, attribute, None)
+            if isinstance(layers, nnx.List):
+                setattr(owner, attribute, stack_layers(layers))
+                stacks = getattr(owner, attribute)
+                lists[prefix + attribute] = [entry.num_layers if isinstance(entry, Stack) else 1 for entry in stacks]
+    return lists
+
+
+def _stacked_name(name: str, lists: dict[str, list[int]]) -> tuple[str, int | None]:
+    """Where a layer's array goes: the path of the stacked array and the index in it (None: the whole array)."""
+    found = re.match(r"((?:\w+\.)?(?:blocks|layers))\.(\d+)\.(.*)", name)
+    if found is None or found[1] not in lists:
+        return name, None
+    number = int(found[2])
+    for position, size in enumerate(lists[found[1]]):
+        if number < size:
+            return f"{found[1]}.{position}.layer.{found[3]}", number
+        number -= size
+    return name, None
+
+
+class _Arrays:
+    """The variables of an abstract model being filled."""
+
+    def __init__(self, model: nnx.Module, component: str):
+        self.component = component
+        self.graphdef, state = nnx.split(model)
+        self.flat = dict(nnx.to_flat_state(state))
+        self.paths = {".".join(map(str, path)): path for path in self.flat}
+        self.filled: dict[str, set[int | None]] = defaultdict(set)
+        self.arrays: dict[str, jax.Array] = {}
+
+    def put(self, name: str, index: int | None, array: Any, dtype: Any) -> None:
+        if name not in self.paths:
+            raise CheckpointError(f"{self.component}: the checkpoint has an array {name} that the model does not know")
+        variable = self.flat[self.paths[name]]
+        expected = tuple(variable.get_value().shape)
+        shape = tuple(array.shape) if index is None else (expected[0], *array.shape)
+        if shape != expected:
+            raise CheckpointError(f"{self.component}: {name} has shape {shape}, the model needs {expected}")
+        if dtype is not None and isinstance(variable, nnx.Param) and jnp.issubdtype(array.dtype, jnp.floating):
+            array = array.astype(dtype)
+        array = jnp.asarray(array)
+        if index is None:
+            self.arrays[name] = array
+        else:
+            if name not in self.arrays:
+                self.arrays[name] = jnp.zeros(expected, array.dtype)
+            elif self.arrays[name].dtype != array.dtype:
+                # Layers may be stored in different precisions; a stack has one, the widest.
+                wide = jnp.promote_types(self.arrays[name].dtype, array.dtype)
+                self.arrays[name] = self.arrays[name].astype(wide)
+                array = array.astype(wide)
+            self.arrays[name] = _set_layer(self.arrays[name], array, index)
+        self.filled[name].add(index)
+
+    def merge(self) -> nnx.Module:
+        missing = [
+            name
+            for name, path in self.paths.items()
+            if name not in self.filled
+            or (None not in self.filled[name] and len(self.filled[name]) != self.flat[path].get_value().shape[0])
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{self.component}: {len(missing)} parameters are not in the checkpoint, among them {missing[:5]}"
+            )
+        for name, path in self.paths.items():
+            self.flat[path] = self.flat[path].replace(self.arrays[name])
+        return nnx.merge(self.graphdef, nnx.from_flat_state(self.flat))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)

@@ -1,0 +1,187 @@
+"""Low-rank adapters: read the published files, put them beside a model's linears (packed or plain).
+
+Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; key names and BF16 fusion as in Lightricks/LTX-2,
+ltx_core/loader (`W + strength * B A`, no alpha).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
+
+from ltx_jax.stack import Stack
+
+
+class LoraError(ValueError):
+    """A LoRA file that cannot be read, or does not belong to this model."""
+
+
+class Factors(nnx.Variable):
+    """A LoRA's matrices and strength: loaded, not trained with the model's own parameters."""
+
+
+class LoraLinear(nnx.Module):
+    """A linear layer with adapters beside it; the layer itself, packed or not, stays as it is.
+
+    In float32 it computes what the reference's fusion gives, rounding included: each `strength * B A` is rounded to
+    bfloat16 and added to the bfloat16 weight. Otherwise the adapters act on the input, which costs no weight.
+    """
+
+    def __init__(self, base: nnx.Module, adapters: Sequence[tuple[Array, Array, Array]]):
+        """`adapters` are `(A [rank, in], B [out, rank], strength [])`, with one more leading axis in a stack."""
+        self.base = base
+        self.a = nnx.List([Factors(a) for a, _, _ in adapters])
+        self.b = nnx.List([Factors(b) for _, b, _ in adapters])
+        self.strength = nnx.List([Factors(s) for _, _, s in adapters])
+
+    def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch out_features"]:
+        adapters = [
+            (a.get_value(), b.get_value(), s.get_value())
+            for a, b, s in zip(self.a, self.b, self.strength, strict=True)
+        ]
+        if x.dtype == jnp.float32:
+            weight = self.base.kernel.get_value().T if isinstance(self.base, nnx.Linear) else self.base.dequantize()
+            rounded = _to_bfloat16 if weight.dtype == jnp.bfloat16 else lambda y: y
+            weight = rounded(weight.astype(jnp.float32))
+            for a, b, strength in adapters:
+                scaled = rounded(b.astype(jnp.float32) * rounded(strength))
+                weight = rounded(weight + rounded(jnp.matmul(scaled, a.astype(jnp.float32))))
+            y = jnp.matmul(x, weight.T)
+            return y if self.base.bias is None else y + self.base.bias.get_value().astype(jnp.float32)
+        y = self.base(x)
+        for a, b, strength in adapters:
+            down = jnp.matmul(x, a.astype(x.dtype).T)
+            y = y + jnp.matmul(down, b.astype(x.dtype).T) * strength.astype(x.dtype)
+        return y
+
+
+def _to_bfloat16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Rounds float32 values to bfloat16 ones. A cast there and back would be compiled away."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def read_lora(path: Path) -> dict[str, tuple[Array, Array]]:
+    """The `(A, B)` of every adapted linear by its published name below `diffusion_model.`.
+
+    Raises LoraError for what is not a LoRA file, and for ranks or halves that do not fit.
+    """
+    try:
+        with safe_open(path, "flax") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LoraError(f"{path} cannot be read as a safetensors file: {error}") from error
+    halves: dict[str, dict[str, Array]] = defaultdict(dict)
+    foreign = []
+    for key, tensor in tensors.items():
+        name, _, half = key.removesuffix(".weight").rpartition(".")
+        if not key.endswith(".weight") or half not in ("lora_A", "lora_B") or tensor.ndim != 2:
+            foreign.append(key)
+            continue
+        halves[name.removeprefix("model.").removeprefix("diffusion_model.")][half] = tensor
+    if foreign or not halves:
+        raise LoraError(
+            f"{path} is not an LTX-2 LoRA: expected keys `diffusion_model.….lora_A.weight` and `lora_B.weight`, "
+            f"found {', '.join(foreign[:5]) or 'no tensors'}{' and more' if len(foreign) > 5 else ''}"
+        )
+    wrong = [
+        name
+        for name, pair in halves.items()
+        if set(pair) != {"lora_A", "lora_B"} or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]
+    ]
+    if wrong:
+        raise LoraError(f"{path}: A and B are missing or of different rank for {', '.join(sorted(wrong)[:8])}")
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
+
+
+def add_loras(model: nnx.Module, loras: Sequence[tuple[Path, float]], linear_names: Mapping[str, str]) -> None:
+    """Puts LoRA files with their strengths beside the linears of `model`, in place.
+
+    `linear_names` maps published linears to paths in the model with its layers numbered (`blocks.3.video.ff.proj_in`);
+    layers may be stacked. Raises LoraError, listing them, for adapters that match nothing or do not fit.
+    """
+    adapters: dict[tuple, list[tuple[Array, Array, Array]]] = {}
+    for path, strength in loras:
+        factors = read_lora(path)
+        unknown = [name for name in factors if name not in linear_names]
+        if unknown:
+            raise LoraError(
+                f"{path} adapts {len(unknown)} of {len(factors)} linears that this model does not have: "
+                f"{', '.join(sorted(unknown)[:8])}"
+            )
+        placed: dict[tuple, dict[int | None, tuple[Array, Array]]] = defaultdict(dict)
+        for name, pair in factors.items():
+            place, layer = _locate(model, linear_names[name])
+            placed[place][layer] = pair
+            linear = _walk(model, place)
+            linear = linear.base if isinstance(linear, LoraLinear) else linear
+            expected = (linear.in_features, linear.out_features)
+            if (pair[0].shape[1], pair[1].shape[0]) != expected:
+                raise LoraError(
+                    f"{path}: {name} maps {pair[0].shape[1]} to {pair[1].shape[0]} channels, the model's linear "
+                    f"{expected[0]} to {expected[1]}; this LoRA is for another model"
+                )
+        for place, by_layer in placed.items():
+            adapters.setdefault(place, []).append(_gather(model, place, by_layer, strength))
+    for place, found in adapters.items():
+        parent, name = _walk(model, place[:-1]), place[-1]
+        setattr(parent, name, LoraLinear(getattr(parent, name), found))
+
+
+def _walk(model: nnx.Module, path: tuple) -> Any:
+    for step in path:
+        model = model[step] if isinstance(step, int) else getattr(model, step)
+    return model
+
+
+def _locate(model: nnx.Module, path: str) -> tuple[tuple, int | None]:
+    """Where the linear of a numbered path lies, and its index within a stack (None outside of one)."""
+    place: list[str | int] = []
+    node: Any = model
+    index = None
+    for step in path.split("."):
+        if not step.isdigit():
+            place.append(step)
+            node = getattr(node, step)
+            continue
+        number = int(step)
+        for position, entry in enumerate(node):
+            size = entry.num_layers if isinstance(entry, Stack) else 1
+            if number < size:
+                place.append(position)
+                node = entry
+                if isinstance(entry, Stack):
+                    index = number
+                    place.append("layer")
+                    node = entry.layer
+                break
+            number -= size
+        else:
+            raise LoraError(f"the model has no layer {step} at {path}")
+    return tuple(place), index
+
+
+def _gather(
+    model: nnx.Module, place: tuple, by_layer: Mapping[int | None, tuple[Array, Array]], strength: float
+) -> tuple[Array, Array, Array]:
+    """One layer's factors, or those of a whole stack: layers without any get zeros, lower ranks are padded."""
+    if None in by_layer:
+        a, b = by_layer[None]
+        return a, b, jnp.asarray(strength, jnp.float32)
+    stack = _walk(model, place[: place.index("layer")])
+    rank = max(a.shape[0] for a, _ in by_layer.values())
+    a0, b0 = next(iter(by_layer.values()))
+    a_all = np.zeros((stack.num_layers, rank, a0.shape[1]), a0.dtype)
+    b_all = np.zeros((stack.num_layers, b0.shape[0], rank), b0.dtype)
+    for layer, (a, b) in by_layer.items():
+        a_all[layer, : a.shape[0]] = np.asarray(a)
+        b_all[layer, :, : b.shape[1]] = np.asarray(b)
+    return jnp.asarray(a_all), jnp.asarray(b_all), jnp.full((stack.num_layers,), strength, jnp.float32)
+
+

@@ -1,0 +1,44 @@
+"""Layers as a list and stacked give the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ltx_jax.stack import Stack, count_layers, run_layers, stack_layers
+
+
+def layers(widths=(4, 4, 4)):
+    return nnx.List([nnx.Linear(4, width, rngs=nnx.Rngs(i)) for i, width in enumerate(widths)])
+
+
+def step(layer, carry, x):
+    y = layer(carry) * x
+    return y[..., :4], y.sum()
+
+
+def test_a_stack_runs_as_the_list_does():
+    plain = layers()
+    stacked = stack_layers(plain)
+    assert isinstance(stacked[0], Stack)
+    assert (len(stacked), count_layers(stacked), count_layers(plain)) == (1, 3, 3)
+    x, scales = jnp.ones((2, 4)), jnp.array([1.0, 2.0, 3.0])
+    run = jax.jit(lambda layers, x, scales: run_layers(layers, step, x, scales))
+    for ours, theirs in zip(run(stacked, x, scales), run(plain, x, scales), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # the same sums, fused otherwise
+
+
+def test_layers_of_other_structure_make_another_stack():
+    mixed = stack_layers(layers((4, 4, 8, 8)))
+    assert [entry.num_layers for entry in mixed] == [2, 2]
+    x, scales = jnp.ones((2, 4)), jnp.arange(1.0, 5.0)
+    carry, outs = run_layers(mixed, step, x, scales)
+    theirs, their_outs = run_layers(layers((4, 4, 8, 8)), step, x, scales)
+    # Sums of values of size 1 that cancel, fused otherwise.
+    np.testing.assert_allclose(carry, theirs, atol=1e-5)
+    np.testing.assert_allclose(outs, their_outs, atol=1e-5)
+
+
+def test_shapes_stack_without_arrays():
+    abstract = nnx.eval_shape(layers)
+    assert stack_layers(abstract)[0].layer.kernel.get_value().shape == (3, 4, 4)
