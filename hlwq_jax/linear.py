@@ -57,7 +57,7 @@ class QuantizedLinear(nnx.Module):
         self.lo = Packed(jnp.zeros((*rows, lo_words), jnp.uint32))
         self.hi = Packed(jnp.zeros((*rows, hi_words), jnp.uint32)) if hi_words else None
         self.norms = Packed(jnp.zeros((*rows, num_blocks), jnp.float16))
-        self.centroids = Packed(jnp.zeros((*num_layers, 2**bits), jnp.float32))
+        self.scaled_centroids = Packed(jnp.zeros((*num_layers, 2**bits), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(rows, bias_dtype)) if use_bias else None
 
     @classmethod
@@ -75,7 +75,7 @@ class QuantizedLinear(nnx.Module):
         shared_outputs: int | None = None,
     ) -> "QuantizedLinear":
         lo, hi = pack_planes(weight.codes, weight.bits)
-        parts = {"lo": lo, "hi": hi, "norms": weight.norms, "centroids": weight.centroids, "bias": bias}
+        parts = {"lo": lo, "hi": hi, "norms": weight.norms, "scaled_centroids": weight.scaled_centroids, "bias": bias}
         layer = cls.abstract(
             weight.in_features,
             weight.out_features,
@@ -110,7 +110,7 @@ class QuantizedLinear(nnx.Module):
             "lo": [lo for lo, _ in planes],
             "hi": [hi for _, hi in planes],
             "norms": [weight.norms for weight in weights],
-            "centroids": [weight.centroids for weight in weights],
+            "scaled_centroids": [weight.scaled_centroids for weight in weights],
         }
         stacked = {n: np.stack(p).reshape(*layers, *p[0].shape) for n, p in parts.items() if p[0] is not None}
         bias = None if linear.bias is None else linear.bias[...]
@@ -143,7 +143,7 @@ class QuantizedLinear(nnx.Module):
             self.lo[...],
             None if self.hi is None else self.hi[...],
             self.norms[...],
-            self.centroids[...],
+            self.scaled_centroids[...],
             bits=self.bits,
             block_size=self.block_size,
             form=self.form,
@@ -157,7 +157,7 @@ class QuantizedLinear(nnx.Module):
             self.lo[...],
             None if self.hi is None else self.hi[...],
             self.norms[...],
-            self.centroids[...],
+            self.scaled_centroids[...],
             bits=self.bits,
             block_size=self.block_size,
         )

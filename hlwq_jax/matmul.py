@@ -36,7 +36,7 @@ def quantized_matmul(
     lo: UInt32[Array, "out lo"],
     hi: UInt32[Array, "out hi"] | None,
     norms: Float16[Array, "out blocks"],
-    centroids: Float32[Array, " levels"],
+    scaled_centroids: Float32[Array, " levels"],
     *,
     bits: int,
     block_size: int,
@@ -44,6 +44,9 @@ def quantized_matmul(
     shared_outputs: int | None = None,
 ) -> Float[Array, "*batch out"]:
     """Multiplies activations by a packed weight, in x's dtype; "auto" picks the form by `choose_form`.
+
+    `scaled_centroids` are the levels divided by sqrt(block_size), as numpy divides: compiled code may round the quotient
+    otherwise, and bfloat16 weights next to a tie would then differ from the original decoder's.
 
     Gradients flow to x alone. The backward pass unpacks the weight again instead of keeping it.
     """
@@ -64,7 +67,7 @@ def quantized_matmul(
         # Outside the barrier below, so that layers sharing x share this rotation.
         blocks = x.reshape(*x.shape[:-1], -1, block_size)
         x = rotate(blocks, exponent=_input_exponent(block_size)).reshape(x.shape)
-    packed = jax.lax.stop_gradient((lo, hi, norms, centroids))
+    packed = jax.lax.stop_gradient((lo, hi, norms, scaled_centroids))
     return _multiply(x, packed, bits, block_size, form)
 
 
@@ -72,7 +75,7 @@ def dequantize_planes(
     lo: UInt32[Array, "*layers out lo"],
     hi: UInt32[Array, "*layers out hi"] | None,
     norms: Float16[Array, "*layers out blocks"],
-    centroids: Float32[Array, "*layers levels"],
+    scaled_centroids: Float32[Array, "*layers levels"],
     *,
     bits: int,
     block_size: int,
@@ -81,7 +84,7 @@ def dequantize_planes(
     unpack = partial(_exact_weight, bits=bits, block_size=block_size)
     for _ in range(norms.ndim - 2):
         unpack = jax.vmap(unpack)
-    return unpack((lo, hi, norms, centroids))
+    return unpack((lo, hi, norms, scaled_centroids))
 
 
 @partial(jax.checkpoint, static_argnums=(2, 3, 4))
@@ -109,9 +112,8 @@ def _multiply(x, packed, bits: int, block_size: int, form: Form):
 
 
 def _exact_weight(packed, *, bits: int, block_size: int) -> jax.Array:
-    lo, hi, norms, centroids = packed
-    scaled = centroids / jnp.float32(block_size**0.5)
-    blocks = _lookup(lo, hi, scaled, bits=bits, shape=(*norms.shape, block_size))
+    lo, hi, norms, scaled_centroids = packed
+    blocks = _lookup(lo, hi, scaled_centroids, bits=bits, shape=(*norms.shape, block_size))
     blocks = jnp.matmul(blocks, hadamard_matrix(block_size), precision=jax.lax.Precision.HIGHEST)
     # Rounded to bfloat16 by an operation of its own: inside jit a cast there and back is compiled away.
     weight = jax.lax.reduce_precision(blocks * norms.astype(jnp.float32)[..., None], exponent_bits=8, mantissa_bits=7)
@@ -119,7 +121,8 @@ def _exact_weight(packed, *, bits: int, block_size: int) -> jax.Array:
 
 
 def _levels_times_norms(packed, *, bits: int, block_size: int, exponent: int) -> jax.Array:
-    lo, hi, norms, centroids = packed
+    lo, hi, norms, scaled_centroids = packed
+    centroids = scaled_centroids * jnp.float32(block_size**0.5)
     blocks = _lookup(lo, hi, centroids, bits=bits, shape=(*norms.shape, block_size))
     return blocks * (norms.astype(jnp.float32) * jnp.float32(2.0**-exponent))[..., None]
 

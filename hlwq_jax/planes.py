@@ -7,8 +7,6 @@ allow. Seven and eight bits take a byte: `lo` then holds four neighbours and the
 would be as small, but took 1.7 times as long to unpack (scripts/bench_quantized_linear.py).
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +75,7 @@ def planes_from_stream(
     return np.asarray(lo), np.asarray(hi).view("<u4").astype(np.uint32, copy=False)
 
 
-@partial(jax.jit, backend="cpu")
+@jax.jit
 def _repack(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
     b = [groups[..., i].astype(jnp.uint32) for i in range(5)]
     top, last = b[0] << 24 | b[1] << 16 | b[2] << 8 | b[3], b[4]  # the 40 bits: 32 and 8

@@ -27,6 +27,10 @@ class Quantized:
     def out_features(self) -> int:
         return self.codes.shape[0]
 
+    @property
+    def scaled_centroids(self) -> Float32[np.ndarray, " levels"]:
+        return scale_centroids(self.centroids, self.block_size)
+
     def dequantize(self) -> BFloat16[np.ndarray, "out in"]:
         return dequantize(
             self.codes,
@@ -35,6 +39,11 @@ class Quantized:
             block_size=self.block_size,
             in_features=self.in_features,
         )
+
+
+def scale_centroids(centroids: Float32[np.ndarray, " levels"], block_size: int) -> Float32[np.ndarray, " levels"]:
+    """The levels divided by sqrt(block_size), as decoders look them up and some packages store them (`ct_scaled`)."""
+    return centroids / np.float32(block_size**0.5)
 
 
 def quantize(
@@ -117,7 +126,7 @@ def dequantize(
         raise ValueError(f"norms {norms.shape} and blocks of {block_size} do not fit codes {codes.shape}")
     if codes.size and int(codes.max()) >= len(centroids):
         raise ValueError(f"codes must be below {len(centroids)}, got {int(codes.max())}")
-    scaled = centroids / np.float32(block_size**0.5)
+    scaled = scale_centroids(centroids, block_size)
     matrix = hadamard_matrix(block_size)
     weight = np.empty((codes.shape[0], codes.shape[1] if in_features is None else in_features), ml_dtypes.bfloat16)
     rows = max(1, _CHUNK // max(codes.shape[1], 1))

@@ -10,7 +10,7 @@ from hlwq_jax.codebook import TableName
 from hlwq_jax.energy import Measurement, measure, plausible
 from hlwq_jax.packing import Packing, packed_length, unpack
 from hlwq_jax.planes import pack_planes, planes_from_stream
-from hlwq_jax.quantize import Quantized, dequantize
+from hlwq_jax.quantize import Quantized, dequantize, scale_centroids
 from hlwq_jax.tensors import FormatError, LazyTensor
 
 _SAMPLE_RUNS, _SAMPLE_RUN = 4, 16  # blocks looked at when a package is opened: four runs of sixteen
@@ -37,6 +37,7 @@ class StoredWeight:
     table: TableName | Literal["stored"]
     table_reason: str  # how the table was decided
     centroids: Float32[np.ndarray, " levels"]
+    stored_scaled: Float32[np.ndarray, " levels"] | None = None  # the file's own levels / sqrt(block), to the bit
     energy: Measurement | None = None  # of the sampled blocks
     code_tensor: LazyTensor
     norm_tensor: LazyTensor
@@ -78,6 +79,12 @@ class StoredWeight:
             block_size=self.block_size,
             in_features=in_features,
         )
+
+    @property
+    def scaled_centroids(self) -> Float32[np.ndarray, " levels"]:
+        if self.stored_scaled is not None:
+            return self.stored_scaled
+        return scale_centroids(self.centroids, self.block_size)
 
     def dequantize(self) -> BFloat16[np.ndarray, "out in"]:
         """The decoded weight, after the checks of `check`."""

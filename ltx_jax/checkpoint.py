@@ -6,7 +6,7 @@
 
 A component is one model; a part is one of its layers (`blocks.007`), or `shared` for what belongs to none. So neither
 side ever holds more than one layer of a large model twice. A quantized linear stores its packed planes (`lo`, `hi`,
-`norms`, `centroids`) where a plain one stores `kernel`.
+`norms`, `scaled_centroids`) where a plain one stores `kernel`.
 """
 
 import json
@@ -154,21 +154,19 @@ class Configs:
 
     def abstract(self, component: str) -> nnx.Module:
         """The model of a component with shapes in place of arrays, its layers in a plain list."""
-        rngs = nnx.Rngs(0)
-        makers = {
-            "transformer": lambda: Transformer(self.transformer, rngs=rngs),
-            "video_vae": lambda: VideoVAE(self.video_vae, rngs=rngs),
-            "audio_vae": lambda: AudioVAE(self.audio_vae, rngs=rngs),
-            "vocoder": lambda: Vocoder(self.vocoder, rngs=rngs),
-            **{k: (lambda v=v: LatentUpscaler(v, rngs=rngs)) for k, v in self.upscalers.items()},
+        models = {
+            "transformer": (Transformer, self.transformer),
+            "connectors": (TextConnectors, self.connectors),
+            "gemma": (Gemma, self.gemma),
+            "video_vae": (VideoVAE, self.video_vae),
+            "audio_vae": (AudioVAE, self.audio_vae),
+            "vocoder": (Vocoder, self.vocoder),
+            **{name: (LatentUpscaler, config) for name, config in self.upscalers.items()},
         }
-        if self.connectors is not None:
-            makers["connectors"] = lambda: TextConnectors(self.connectors, rngs=rngs)
-        if self.gemma is not None:
-            makers["gemma"] = lambda: Gemma(self.gemma, rngs=rngs)
-        if component not in makers:
-            raise CheckpointError(f"there is no component {component!r} here; there are {', '.join(sorted(makers))}")
-        return nnx.eval_shape(makers[component])
+        if component not in self.components:
+            raise CheckpointError(f"there is no component {component!r} here; there are {', '.join(self.components)}")
+        make, config = models[component]
+        return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 
-from ltx_jax.stack import Stack
+from ltx_jax.stack import locate, walk
 
 
 class LoraError(ValueError):
@@ -117,9 +117,9 @@ def add_loras(model: nnx.Module, loras: Sequence[tuple[Path, float]], linear_nam
             )
         placed: dict[tuple, dict[int | None, tuple[Array, Array]]] = defaultdict(dict)
         for name, pair in factors.items():
-            place, layer = _locate(model, linear_names[name])
+            place, layer = locate(model, linear_names[name])
             placed[place][layer] = pair
-            linear = _walk(model, place)
+            linear = walk(model, place)
             linear = linear.base if isinstance(linear, LoraLinear) else linear
             expected = (linear.in_features, linear.out_features)
             if (pair[0].shape[1], pair[1].shape[0]) != expected:
@@ -130,41 +130,8 @@ def add_loras(model: nnx.Module, loras: Sequence[tuple[Path, float]], linear_nam
         for place, by_layer in placed.items():
             adapters.setdefault(place, []).append(_gather(model, place, by_layer, strength))
     for place, found in adapters.items():
-        parent, name = _walk(model, place[:-1]), place[-1]
+        parent, name = walk(model, place[:-1]), place[-1]
         setattr(parent, name, LoraLinear(getattr(parent, name), found))
-
-
-def _walk(model: nnx.Module, path: tuple) -> Any:
-    for step in path:
-        model = model[step] if isinstance(step, int) else getattr(model, step)
-    return model
-
-
-def _locate(model: nnx.Module, path: str) -> tuple[tuple, int | None]:
-    """Where the linear of a numbered path lies, and its index within a stack (None outside of one)."""
-    place: list[str | int] = []
-    node: Any = model
-    index = None
-    for step in path.split("."):
-        if not step.isdigit():
-            place.append(step)
-            node = getattr(node, step)
-            continue
-        number = int(step)
-        for position, entry in enumerate(node):
-            size = entry.num_layers if isinstance(entry, Stack) else 1
-            if number < size:
-                place.append(position)
-                node = entry
-                if isinstance(entry, Stack):
-                    index = number
-                    place.append("layer")
-                    node = entry.layer
-                break
-            number -= size
-        else:
-            raise LoraError(f"the model has no layer {step} at {path}")
-    return tuple(place), index
 
 
 def _gather(
@@ -174,7 +141,7 @@ def _gather(
     if None in by_layer:
         a, b = by_layer[None]
         return a, b, jnp.asarray(strength, jnp.float32)
-    stack = _walk(model, place[: place.index("layer")])
+    stack = walk(model, place[: place.index("layer")])
     rank = max(a.shape[0] for a, _ in by_layer.values())
     a0, b0 = next(iter(by_layer.values()))
     a_all = np.zeros((stack.num_layers, rank, a0.shape[1]), a0.dtype)

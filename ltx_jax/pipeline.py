@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ STAGE_2_UPSCALER = "upscaler_spatial_x2"
 Image = UInt8[np.ndarray, "rows columns 3"]  # RGB levels
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Told what goes on: each stage opens once, with its number of steps, and advances."""
 

@@ -46,6 +46,55 @@ def stack_layers(layers: Sequence[nnx.Module]) -> nnx.List:
     return nnx.List([run[0] if isinstance(run[0], Stack) else Stack(run) for run in runs])
 
 
+def locate(model: nnx.Module, path: str) -> tuple[tuple[str | int, ...], int | None]:
+    """Where the module of a path with numbered layers (`blocks.3.ff.proj_in`) lies, stacked or not.
+
+    Returns the place to `walk` to, and the index within the stack that holds it (None outside of one). Raises KeyError
+    if the model has no such layer.
+    """
+    place: list[str | int] = []
+    node: Any = model
+    index = None
+    for step in path.split("."):
+        if not step.isdigit():
+            place.append(step)
+            node = getattr(node, step)
+            continue
+        number = int(step)
+        for position, entry in enumerate(node):
+            size = entry.num_layers if isinstance(entry, Stack) else 1
+            if number < size:
+                break
+            number -= size
+        else:
+            raise KeyError(f"the model has no layer {step} in {path}")
+        place.append(position)
+        node = entry
+        if isinstance(entry, Stack):
+            index = number
+            place.append("layer")
+            node = entry.layer
+    return tuple(place), index
+
+
+def walk(model: nnx.Module, place: Sequence[str | int]) -> Any:
+    """The module at a place that `locate` gave."""
+    node: Any = model
+    for step in place:
+        node = node[step] if isinstance(step, int) else getattr(node, step)
+    return node
+
+
+def module_at(model: nnx.Module, path: str) -> Any:
+    """The module of a path with numbered layers, cut out of its stack if it lies in one."""
+    place, index = locate(model, path)
+    module = walk(model, place)
+    if index is None:
+        return module
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], state))
+
+
 def count_layers(layers: Sequence[nnx.Module]) -> int:
     return sum(layer.num_layers if isinstance(layer, Stack) else 1 for layer in layers)
 

@@ -155,7 +155,7 @@ class Generator(nnx.Module):
         for i, upsample in enumerate(self.upsamples):
             x = upsample(x)
             stage = self.blocks[i * num_parallel : (i + 1) * num_parallel]
-            x = sum(block(x) for block in stage) / num_parallel
+            x = jnp.mean(jnp.stack([block(x) for block in stage]), axis=0)
         return self.conv_post(self.act_post(x))
 
 

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from ltx_jax.stack import Stack, count_layers, run_layers, stack_layers
+from ltx_jax.stack import Stack, count_layers, module_at, run_layers, stack_layers
 
 
 def layers(widths=(4, 4, 4)):
@@ -37,6 +38,22 @@ def test_layers_of_other_structure_make_another_stack():
     # Sums of values of size 1 that cancel, fused otherwise.
     np.testing.assert_allclose(carry, theirs, atol=1e-5)
     np.testing.assert_allclose(outs, their_outs, atol=1e-5)
+
+
+def test_a_layer_is_found_in_a_list_and_in_stacks():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.blocks = layers((4, 4, 8, 8))
+
+    model = Model()
+    kernels = [layer.kernel.get_value() for layer in model.blocks]
+    for stacked in (False, True):
+        if stacked:
+            model.blocks = stack_layers(model.blocks)
+        for n, kernel in enumerate(kernels):
+            np.testing.assert_array_equal(module_at(model, f"blocks.{n}").kernel.get_value(), kernel)
+    with pytest.raises(KeyError, match="no layer 4"):
+        module_at(model, "blocks.4")
 
 
 def test_shapes_stack_without_arrays():

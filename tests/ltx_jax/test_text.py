@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +20,7 @@ from ltx_jax.config import GemmaConfig, TextConnectorsConfig
 from ltx_jax.models.connector import TextConnectors
 from ltx_jax.models.gemma import Gemma
 from ltx_jax.stack import stack_layers
-from ltx_jax.text import (
-    TextError,
-    encode_prompts,
-    load_tokenizer,
-    text_contexts,
-    text_hidden_states,
-    tokenize,
-)
+from ltx_jax.text import TextError, encode_prompts, load_tokenizer, text_contexts, text_hidden_states, tokenize
 from tests.conftest import DATA, fill, read_prefix
 
 RELEASE = DATA / "mini-release"
@@ -58,7 +52,7 @@ def gemma() -> Gemma:
     config = GemmaConfig.from_metadata(json.loads((GEMMA_FOLDER / "config.json").read_text()))
     shards = sorted(GEMMA_FOLDER.glob("*.safetensors"))
     tensors = {k: v for shard in shards for k, v in read_prefix(shard, "language_model.model.").items()}
-    model = fill(lambda: Gemma(config, rngs=nnx.Rngs(0)), GEMMA, tensors)
+    model: Any = fill(lambda: Gemma(config, rngs=nnx.Rngs(0)), GEMMA, tensors)
     model.layers = stack_layers(model.layers)
     return model
 
@@ -70,7 +64,8 @@ def connectors() -> TextConnectors:
         section = json.loads(file.metadata()["config"])["transformer"]
     config = TextConnectorsConfig.from_metadata(section, num_hidden_states=7)
     tensors = {name: tensor for name, tensor in read_prefix(path, "").items() if name.startswith(PREFIXES)}
-    return fill(lambda: TextConnectors(config, rngs=nnx.Rngs(0)), CONNECTORS, tensors)
+    model: Any = fill(lambda: TextConnectors(config, rngs=nnx.Rngs(0)), CONNECTORS, tensors)
+    return model
 
 
 @pytest.fixture
@@ -177,7 +172,7 @@ def test_special_tokens_may_be_given_as_dictionaries(variant):
 def test_unusable_tokenizers_are_refused(variant, tmp_path):
     with pytest.raises(TextError, match=r"no tokenizer\.json in .*expected the folder of Gemma 3"):
         load_tokenizer(tmp_path)
-    with pytest.raises(TextError, match="'<padding>'.*which has <bos> and <pad>"):
+    with pytest.raises(TextError, match=r"'<padding>'.*which has <bos> and <pad>"):
         load_tokenizer(variant(config={"pad_token": "<padding>"}))
     with pytest.raises(TextError, match="ids up to 1023, but the text encoder only embeds ids below 96"):
         load_tokenizer(variant(), vocab_size=96)
@@ -241,8 +236,8 @@ def test_bfloat16_contexts_are_as_near_as_those_of_the_reference(gemma, connecto
 
 
 def test_models_that_do_not_belong_together_are_refused(gemma, connectors, tokenizer):
-    other = TextConnectors.__new__(TextConnectors)
-    other.config = replace(connectors.config, num_hidden_states=49, hidden_dim=3840)
+    config = replace(connectors.config, num_hidden_states=49, hidden_dim=3840)
+    other = nnx.eval_shape(lambda: TextConnectors(config, rngs=nnx.Rngs(0)))
     with pytest.raises(
         TextError, match="7 hidden states of width 36, but the connectors were made for 49 of width 3840"
     ):
