@@ -359,9 +359,7 @@ def _with_stored_table(weight: StoredWeight, tensor: LazyTensor, *, scaled: bool
     stored_scaled = levels.astype(np.float32) if scaled else None
     if scaled:
         levels = (levels.astype(np.float64) * weight.block_size**0.5).astype(np.float32)
-    weight = replace(
-        weight, centroids=levels, stored_scaled=stored_scaled, table="stored", table_reason="stored"
-    )
+    weight = replace(weight, centroids=levels, stored_scaled=stored_scaled, table="stored", table_reason="stored")
     if len(weight.code_tensor.shape) == 2 and weight.bits == 5 and weight.packing != "N" and weight.layout != "V2":
         other = weight.reordered()
         fits, fits_other = (plausible(measure(w.sample(), levels), levels, weight.block_size) for w in (weight, other))

@@ -45,8 +45,8 @@ def quantized_matmul(
 ) -> Float[Array, "*batch out"]:
     """Multiplies activations by a packed weight, in x's dtype; "auto" picks the form by `choose_form`.
 
-    `scaled_centroids` are the levels divided by sqrt(block_size), as numpy divides: compiled code may round the quotient
-    otherwise, and bfloat16 weights next to a tie would then differ from the original decoder's.
+    `scaled_centroids` are the levels divided by sqrt(block_size), as numpy divides: compiled code may round the
+    quotient otherwise, and bfloat16 weights next to a tie would then differ from the original decoder's.
 
     Gradients flow to x alone. The backward pass unpacks the weight again instead of keeping it.
     """

@@ -18,6 +18,7 @@ from typing import Any
 
 from flax import nnx
 
+from ltx_jax.abstract import abstract
 from ltx_jax.config import (
     AudioVAEConfig,
     ConfigError,
@@ -65,11 +66,12 @@ class Manifest:
     metadata: dict[str, Any]  # the published `config`: transformer, vae, audio_vae, vocoder
     gemma_metadata: dict[str, Any] | None  # config.json of the text encoder; None if the folder has none
     upscaler_metadata: dict[str, dict[str, Any]]  # component name -> its published `config`
-    text_length: int | None  # tokens a prompt is padded to
+    num_hidden_states: int  # that the connectors read: the text encoder's layers + 1
+    text_length: int | None  # tokens a prompt is padded to; None where there is no text encoder
     model_version: str | None
     parts: dict[str, list[str]]  # component -> its parts
     quantized: dict[str, dict[str, QuantizedShape]]  # component -> path of a linear -> shape
-    # Published name of every linear of the transformer (below `model.diffusion_model.`) -> its path: what a LoRA names.
+    # Published name of every linear -> `component/path`: what a LoRA or a report names.
     linear_names: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # sources, digests, layout, options, versions
 
@@ -110,8 +112,8 @@ class Configs:
     """The configuration of every model of a checkpoint."""
 
     transformer: TransformerConfig
-    connectors: TextConnectorsConfig | None  # None where there is no text encoder
-    gemma: GemmaConfig | None
+    connectors: TextConnectorsConfig
+    gemma: GemmaConfig | None  # None where there is no text encoder
     video_vae: VideoVAEConfig
     audio_vae: AudioVAEConfig
     vocoder: VocoderConfig
@@ -124,27 +126,21 @@ class Configs:
         gemma_metadata: Mapping[str, Any] | None = None,
         upscaler_metadata: Mapping[str, Mapping[str, Any]] | None = None,
         *,
-        num_hidden_states: int | None = None,
+        num_hidden_states: int,
     ) -> "Configs":
         """Parses the published configuration. Raises ConfigError for what is missing or not implemented.
 
-        `num_hidden_states` is taken from the text encoder where there is one (layers + 1).
+        `num_hidden_states` is what the connectors read; a text encoder must have one layer less.
         """
         missing = [section for section in ("transformer", "vae", "audio_vae", "vocoder") if section not in metadata]
         if missing:
             raise ConfigError(f"the checkpoint's configuration lacks the sections {', '.join(missing)}")
         gemma = None if gemma_metadata is None else GemmaConfig.from_metadata(gemma_metadata)
-        if gemma is not None:
-            num_hidden_states = gemma.num_layers + 1
         transformer = metadata["transformer"]
         audio = AudioVAEConfig.from_metadata(metadata["audio_vae"])
         return cls(
             transformer=TransformerConfig.from_metadata(transformer),
-            connectors=(
-                TextConnectorsConfig.from_metadata(transformer, num_hidden_states=num_hidden_states)
-                if num_hidden_states
-                else None
-            ),
+            connectors=TextConnectorsConfig.from_metadata(transformer, num_hidden_states=num_hidden_states),
             gemma=gemma,
             video_vae=VideoVAEConfig.from_metadata(metadata["vae"]),
             audio_vae=audio,
@@ -166,19 +162,12 @@ class Configs:
         if component not in self.components:
             raise CheckpointError(f"there is no component {component!r} here; there are {', '.join(self.components)}")
         make, config = models[component]
-        return nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+        return abstract(lambda rngs: make(config, rngs=rngs))
 
     @property
     def components(self) -> tuple[str, ...]:
-        optional = (("connectors", self.connectors), ("gemma", self.gemma))
-        return (
-            "transformer",
-            *(name for name, config in optional if config is not None),
-            "video_vae",
-            "audio_vae",
-            "vocoder",
-            *self.upscalers,
-        )
+        text = ("connectors",) if self.gemma is None else ("connectors", "gemma")
+        return ("transformer", *text, "video_vae", "audio_vae", "vocoder", *self.upscalers)
 
 
 def upscaler_component(config: UpscalerConfig) -> str:

@@ -18,7 +18,12 @@ from ltx_jax.stack import Stack, stack_layers
 
 def load_configs(manifest: Manifest) -> Configs:
     """The configurations of all models of a checkpoint."""
-    return Configs.from_metadata(manifest.metadata, manifest.gemma_metadata, manifest.upscaler_metadata)
+    return Configs.from_metadata(
+        manifest.metadata,
+        manifest.gemma_metadata,
+        manifest.upscaler_metadata,
+        num_hidden_states=manifest.num_hidden_states,
+    )
 
 
 def load_component(folder: Path, manifest: Manifest, component: str, *, dtype: Any = None) -> nnx.Module:

@@ -1,24 +1,63 @@
-"""The published configuration of LTX-2.3 as it stands in the checkpoint's metadata, for files that have lost it.
+"""The configuration of LTX-2.3 as its checkpoint carries it, for packages whose files have lost their metadata.
 
-Names and values are those of the `config` entry of the released `ltx-2.3-22b-*.safetensors`; whoever repackages the
-tensors tends to drop it. `python -m convert` takes this in its place, if every tensor's shape fits.
+Source: the `config` entry of the metadata of ltx-2.3-22b-*.safetensors; keys and values as published.
 """
 
 from typing import Any
 
-_GENERATOR: dict[str, Any] = {
-    "resblock": "AMP1",
-    "resblock_kernel_sizes": [3, 7, 11],
-    "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
-    "stereo": True,
-    "use_tanh_at_final": False,
-    "activation": "snakebeta",
-    "use_bias_at_final": False,
-}
+
+def _res(layers: int) -> list[Any]:
+    return ["res_x", {"num_layers": layers}]
+
+
+def _resample(kind: str, multiplier: int) -> list[Any]:
+    return [kind, {"multiplier": multiplier}]
+
+
+def _generator(channels: int, rates: list[int], kernels: list[int]) -> dict[str, Any]:
+    return {
+        "upsample_initial_channel": channels,
+        "upsample_rates": rates,
+        "upsample_kernel_sizes": kernels,
+        "resblock": "AMP1",
+        "resblock_kernel_sizes": [3, 7, 11],
+        "resblock_dilation_sizes": [[1, 3, 5]] * 3,
+        "stereo": True,
+        "use_tanh_at_final": False,
+        "activation": "snakebeta",
+        "use_bias_at_final": False,
+    }
+
 
 LTX_2_3: dict[str, Any] = {
     "transformer": {
         "_class_name": "AVTransformer3DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_eps": 1e-6,
+        "qk_norm": "rms_norm",
+        "positional_embedding_theta": 10000.0,
+        "positional_embedding_max_pos": [20, 2048, 2048],
+        "audio_positional_embedding_max_pos": [20],
+        "timestep_scale_multiplier": 1000,
+        "av_ca_timestep_scale_multiplier": 1000.0,
+        "causal_temporal_positioning": True,
+        "use_audio_video_cross_attention": True,
+        "av_cross_ada_norm": True,
+        "use_embeddings_connector": True,
+        "connector_positional_embedding_max_pos": [4096],
+        "connector_norm_output": True,
+        "use_middle_indices_grid": True,
+        "apply_gated_attention": True,
+        "connector_apply_gated_attention": True,
+        "caption_projection_first_linear": False,
+        "caption_projection_second_linear": False,
+        "caption_proj_input_norm": False,
+        "caption_proj_before_connector": True,
+        "cross_attention_adaln": True,
+        "text_encoder_norm_type": "per_token_rms",
+        "rope_type": "split",
+        "frequencies_precision": "float64",
         "num_layers": 48,
         "num_attention_heads": 32,
         "attention_head_dim": 128,
@@ -30,38 +69,12 @@ LTX_2_3: dict[str, Any] = {
         "audio_attention_head_dim": 64,
         "audio_out_channels": 128,
         "audio_cross_attention_dim": 2048,
-        "norm_eps": 1e-6,
-        "qk_norm": "rms_norm",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "apply_gated_attention": True,
-        "cross_attention_adaln": True,
-        "rope_type": "split",
-        "frequencies_precision": "float64",
-        "positional_embedding_theta": 10000.0,
-        "positional_embedding_max_pos": [20, 2048, 2048],
-        "audio_positional_embedding_max_pos": [20],
-        "use_middle_indices_grid": True,
-        "causal_temporal_positioning": True,
-        "timestep_scale_multiplier": 1000,
-        "av_ca_timestep_scale_multiplier": 1000.0,
-        "av_cross_ada_norm": True,
-        "use_audio_video_cross_attention": True,
-        "caption_proj_before_connector": True,
-        "caption_projection_first_linear": False,
-        "caption_projection_second_linear": False,
-        "caption_proj_input_norm": False,
-        "text_encoder_norm_type": "per_token_rms",
-        "use_embeddings_connector": True,
         "connector_num_layers": 8,
         "connector_num_attention_heads": 32,
         "connector_attention_head_dim": 128,
         "audio_connector_num_attention_heads": 32,
         "audio_connector_attention_head_dim": 64,
         "connector_num_learnable_registers": 128,
-        "connector_positional_embedding_max_pos": [4096],
-        "connector_apply_gated_attention": True,
-        "connector_norm_output": True,
     },
     "vae": {
         "_class_name": "CausalVideoAutoencoder",
@@ -69,39 +82,38 @@ LTX_2_3: dict[str, Any] = {
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": 128,
-        "patch_size": 4,
+        "encoder_blocks": [
+            _res(4),
+            _resample("compress_space_res", 2),
+            _res(6),
+            _resample("compress_time_res", 2),
+            _res(4),
+            _resample("compress_all_res", 2),
+            _res(2),
+            _resample("compress_all_res", 1),
+            _res(2),
+        ],
+        "decoder_blocks": [
+            _res(4),
+            _resample("compress_space", 2),
+            _res(6),
+            _resample("compress_time", 2),
+            _res(4),
+            _resample("compress_all", 1),
+            _res(2),
+            _resample("compress_all", 2),
+            _res(2),
+        ],
         "norm_layer": "pixel_norm",
+        "patch_size": 4,
         "latent_log_var": "uniform",
+        "use_quant_conv": False,
         "causal_decoder": False,
         "timestep_conditioning": False,
-        "spatial_padding_mode": "zeros",
         "encoder_base_channels": 128,
         "decoder_base_channels": 128,
-        "encoder_blocks": [
-            ["res_x", {"num_layers": 4}],
-            ["compress_space_res", {"multiplier": 2}],
-            ["res_x", {"num_layers": 6}],
-            ["compress_time_res", {"multiplier": 2}],
-            ["res_x", {"num_layers": 4}],
-            ["compress_all_res", {"multiplier": 2}],
-            ["res_x", {"num_layers": 2}],
-            ["compress_all_res", {"multiplier": 1}],
-            ["res_x", {"num_layers": 2}],
-        ],
-        # Output first: the decoder is built from the end of this list.
-        "decoder_blocks": [
-            ["res_x", {"num_layers": 4}],
-            ["compress_space", {"multiplier": 2}],
-            ["res_x", {"num_layers": 6}],
-            ["compress_time", {"multiplier": 2}],
-            ["res_x", {"num_layers": 4}],
-            ["compress_all", {"multiplier": 1}],
-            ["res_x", {"num_layers": 2}],
-            ["compress_all", {"multiplier": 2}],
-            ["res_x", {"num_layers": 2}],
-        ],
+        "spatial_padding_mode": "zeros",
     },
-    "scheduler": {"_class_name": "RectifiedFlowScheduler", "sampler": "LinearQuadratic"},
     "audio_vae": {
         "model": {
             "params": {
@@ -123,22 +135,14 @@ LTX_2_3: dict[str, Any] = {
             }
         },
         "preprocessing": {
-            "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024},
+            "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
             "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000},
         },
     },
     "vocoder": {
-        "vocoder": {
-            **_GENERATOR,
-            "upsample_initial_channel": 1536,
-            "upsample_rates": [5, 2, 2, 2, 2, 2],
-            "upsample_kernel_sizes": [11, 4, 4, 4, 4, 4],
-        },
+        "vocoder": _generator(1536, [5, 2, 2, 2, 2, 2], [11, 4, 4, 4, 4, 4]),
         "bwe": {
-            **_GENERATOR,
-            "upsample_initial_channel": 512,
-            "upsample_rates": [6, 5, 2, 2, 2],
-            "upsample_kernel_sizes": [12, 11, 4, 4, 4],
+            **_generator(512, [6, 5, 2, 2, 2], [12, 11, 4, 4, 4]),
             "apply_final_activation": False,
             "input_sampling_rate": 16000,
             "output_sampling_rate": 48000,
@@ -149,4 +153,5 @@ LTX_2_3: dict[str, Any] = {
         },
     },
 }
-NUM_HIDDEN_STATES = 49  # of Gemma 3 12B: the embeddings and 48 layers
+
+NUM_HIDDEN_STATES = 49  # of Gemma 3 12B: embeddings and 48 layers

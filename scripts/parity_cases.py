@@ -22,6 +22,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from convert.mapping import Rule, Table, plan
+from ltx_jax.stack import module_at
 
 # Tolerances, absolute, in float32 with matrix products at highest precision, as the README of the reference suggests.
 # One forward pass of a transformer or an upscaler: rounding of other summation orders.
@@ -238,12 +239,6 @@ def our_path(table: Table, published: str) -> str | None:
             if rest is not None:
                 return f"{ours}.{rest}"
     return None
-
-
-def module_at(model: nnx.Module, path: str) -> Any:
-    for part in path.split("."):
-        model = model[int(part)] if part.isdigit() else getattr(model, part)  # type: ignore[index]
-    return model
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Attention(nnx.Module):
         """
         q = self.q_norm(self.to_q(x)).astype(x.dtype)
         k = self.k_norm(self.to_k(context)).astype(x.dtype)
-        v = self.to_v(context)
+        v = self.to_v(context).astype(x.dtype)
         q, k, v = (rearrange(y, "b t (h d) -> b t h d", h=self.num_heads) for y in (q, k, v))
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, context_rotary or rotary)

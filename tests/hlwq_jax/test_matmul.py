@@ -2,14 +2,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
-from hlwq_jax import FORMS, choose_form, pack_planes, quantized_matmul
+from hlwq_jax import FORMS, Quantized, choose_form, pack_planes, quantized_matmul
 
 from .conftest import random_quantized
 
 # Relative error of the product. float32: "exact" multiplies the decoder's own weight, but for a value in ten thousand
-# that float32 sums in another order round to the next bfloat16; the other forms skip that rounding (2^-9 at most, 0.0016
-# root mean square). bfloat16: output rounding is 0.0016 by itself, and weight and rotated input are rounded once each.
+# that float32 sums in another order round to the next bfloat16; the other forms skip that rounding (2^-9 at most,
+# 0.0016 root mean square). bfloat16: rounding the output alone gives 0.0016, and weight and rotated input are rounded
+# once each.
 TOLERANCE = {
     ("float32", "exact"): 5e-5,
     ("float32", "rotate_input"): 0.003,
@@ -20,9 +22,10 @@ TOLERANCE = {
 }
 
 
-def operands(weight):
+def operands(weight: Quantized) -> tuple[Array, Array | None, Array, Array]:
     lo, hi = pack_planes(weight.codes, weight.bits)
-    return lo, hi, weight.norms, weight.scaled_centroids
+    hi = None if hi is None else jnp.asarray(hi)
+    return jnp.asarray(lo), hi, jnp.asarray(weight.norms), jnp.asarray(weight.scaled_centroids)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 5, 6, 8])
@@ -31,15 +34,11 @@ def operands(weight):
 def test_every_form_multiplies_by_the_decoded_weight(bits, form, dtype):
     weight = random_quantized(24, 300, bits=bits)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 300)), dtype)
-    y = quantized_matmul(x, *map(as_array, operands(weight)), bits=bits, block_size=128, form=form)
+    y = quantized_matmul(x, *operands(weight), bits=bits, block_size=128, form=form)
     assert (y.shape, y.dtype) == ((2, 3, 24), x.dtype)
     expected = np.asarray(x, np.float64) @ weight.dequantize().astype(np.float64).T
     error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
     assert error < TOLERANCE[dtype, form]
-
-
-def as_array(part):
-    return None if part is None else jnp.asarray(part)
 
 
 @pytest.mark.parametrize("block_size", [8, 32, 256])
@@ -48,7 +47,7 @@ def test_other_block_sizes(block_size):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 100)), jnp.float32)
     expected = np.asarray(x) @ weight.dequantize().astype(np.float32).T
     for form in FORMS:
-        y = quantized_matmul(x, *map(as_array, operands(weight)), bits=5, block_size=block_size, form=form)
+        y = quantized_matmul(x, *operands(weight), bits=5, block_size=block_size, form=form)
         assert np.linalg.norm(y - expected) / np.linalg.norm(expected) < TOLERANCE["float32", form]
 
 
@@ -60,19 +59,20 @@ def test_the_form_follows_from_shapes_and_dtype():
 
 def test_layers_that_share_x_share_one_rotation():
     weights = [random_quantized(16, 256, seed=i) for i in range(3)]
-    parts = [tuple(map(as_array, operands(weight))) for weight in weights]
+    parts = [operands(weight) for weight in weights]
 
     def attention_inputs(x, parts):
         return [quantized_matmul(x, *p, bits=5, block_size=128, form="rotate_input") for p in parts]
 
     text = jax.jit(attention_inputs).lower(jnp.zeros((4, 256), jnp.bfloat16), parts).compile().as_text()
+    assert text is not None
     # Three products and one rotation.
     assert text.count(" dot(") + text.count('custom_call_target="__onednn$matmul"') == 4
 
 
 def test_gradients_reach_x_and_nothing_else():
     weight = random_quantized(24, 300)
-    lo, hi, norms, levels = map(as_array, operands(weight))
+    lo, hi, norms, levels = operands(weight)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 300)), jnp.float32)
 
     def loss(x, norms, levels, form):
@@ -91,4 +91,4 @@ def test_gradients_reach_x_and_nothing_else():
 def test_wrong_widths_are_refused():
     weight = random_quantized(8, 256)
     with pytest.raises(ValueError, match="x has 128 features, but 2 blocks of 128"):
-        quantized_matmul(jnp.zeros((1, 128)), *map(as_array, operands(weight)), bits=5, block_size=128)
+        quantized_matmul(jnp.zeros((1, 128)), *operands(weight), bits=5, block_size=128)

@@ -46,7 +46,7 @@ def test_nearest_is_a_search_among_midpoints(table, bits):
     midpoints = (levels[:-1] + levels[1:]) / np.float32(2)
     values = np.random.default_rng(0).standard_normal(5000).astype(np.float32) * 2
     edges = [np.nextafter(midpoints, np.float32(side)) for side in (-9, 9)]
-    values = np.concatenate([values, midpoints, *edges, levels, np.float32([0, -0.0, 1e9, -1e9])])
+    values = np.concatenate([values, midpoints, *edges, levels, np.array([0, -0.0, 1e9, -1e9], np.float32)])
     np.testing.assert_array_equal(nearest(values, levels), np.searchsorted(midpoints, values, side="left"))
 
 

@@ -15,7 +15,7 @@ def write(path: Path, header: dict | str, data: bytes = bytes(8)) -> Path:
     return path
 
 
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+def entry(dtype: object = "F32", shape=(2,), offsets=(0, 8)) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
@@ -110,5 +110,5 @@ def test_a_file_cut_off_after_opening_raises_and_does_not_crash(tmp_path):
     save_file({"a": np.arange(1000, dtype=np.float32)}, path)
     file = TensorFile(path)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(FormatError, match="a .*the file ends after"):
+    with pytest.raises(FormatError, match=r"a .*the file ends after"):
         file.read("a")

@@ -45,24 +45,22 @@ def load() -> TextConnectors:
     return model
 
 
-@pytest.fixture(scope="module", params=["list", "scan"])
-def connectors(request) -> TextConnectors:
+@pytest.fixture(scope="module")
+def connectors() -> TextConnectors:
     model = load()
-    if request.param == "scan":
-        model.video.blocks = stack_layers(model.video.blocks)
-        model.audio.blocks = stack_layers(model.audio.blocks)
-        assert isinstance(model.video.blocks[0], Stack)
+    model.video.blocks = stack_layers(model.video.blocks)
+    model.audio.blocks = stack_layers(model.audio.blocks)
+    assert isinstance(model.video.blocks[0], Stack)
     return model
 
 
 @jax.jit
+def run_with_features(model, hidden_states, mask):
+    return model.projection(hidden_states, mask), model(hidden_states, mask)
+
+
 def run(model, hidden_states, mask):
-    return model(hidden_states, mask)
-
-
-@jax.jit
-def project(model, hidden_states, mask):
-    return model.projection(hidden_states, mask)
+    return run_with_features(model, hidden_states, mask)[1]
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +78,12 @@ def cases(reference) -> dict[str, dict]:
     }
 
 
+@pytest.mark.parametrize("layout", ["list", "scan"])
 @pytest.mark.parametrize("name", ["gemma", "free"])
-def test_features_and_contexts_agree_with_the_reference(connectors, cases, name):
+def test_features_and_contexts_agree_with_the_reference(connectors, cases, name, layout):
     case = cases[name]
-    features = project(connectors, case["hidden_states"], case["mask"])
-    contexts = run(connectors, case["hidden_states"], case["mask"])
+    model = load() if layout == "list" else connectors
+    features, contexts = run_with_features(model, case["hidden_states"], case["mask"])
     for stream in ("video", "audio"):
         expected = case[f"mid.{stream}_features"]
         np.testing.assert_allclose(getattr(features, stream), expected, atol=TOLERANCE, rtol=0, err_msg=stream)

@@ -1,0 +1,84 @@
+"""The command line: `python -m convert SOURCE DEST [--gemma DIR]` and `python -m convert inspect SOURCE [--json]`."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from convert.files import ConvertError
+from convert.report import inspect, to_text
+from convert.writer import convert
+from hlwq_jax import FormatError
+from ltx_jax.checkpoint import CheckpointError
+from ltx_jax.config import ConfigError
+from ltx_jax.text import TextError
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Converts a published package or checkpoint into a folder that generate.py reads.
+
+    `python -m convert inspect SOURCE` tells what a source holds, without converting it.
+    """
+
+    source: Positional[Path]
+    """The package folder (5-bit HLWQ), or an official checkpoint file."""
+    dest: Positional[Path]
+    """The folder to make."""
+    gemma: Path | None = None
+    """Gemma 3 in the Hugging Face layout; without it the checkpoint cannot read prompts."""
+    upscaler: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")] = ()
+    """Latent upscalers that lie elsewhere."""
+    overwrite: bool = False
+    """Replace a finished checkpoint at DEST."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Tells what a source holds, from headers and a sample of codes: layout, codebook, coverage, what is missing."""
+
+    source: Positional[Path]
+    """The package folder, or a checkpoint file."""
+    gemma: Path | None = None
+    """Gemma 3 in the Hugging Face layout, if it lies elsewhere."""
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs; returns 0, or 2 for a source or destination that is refused, with the reason on standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["inspect"]:
+            asked = tyro.cli(Inspect, args=argv[1:], prog="python -m convert inspect")
+            report = inspect(asked.source, gemma=asked.gemma)
+            print(json.dumps(asdict(report), indent=1) if asked.json else to_text(report))
+            return 0
+        chosen = tyro.cli(Convert, args=argv, prog="python -m convert")
+        convert(
+            chosen.source,
+            chosen.dest,
+            gemma=chosen.gemma,
+            upscalers=chosen.upscaler,
+            overwrite=chosen.overwrite,
+            progress=True,
+        )
+        print(f"wrote {chosen.dest}")
+        if chosen.gemma is None:
+            print("note: without --gemma a checkpoint has no text encoder, unless one lay inside SOURCE")
+    except (ConvertError, FormatError, ConfigError, CheckpointError, TextError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

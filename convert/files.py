@@ -1,0 +1,236 @@
+"""What a source holds: which file has which model, told by names and metadata inside the files, never by file names."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from convert.tables.gemma import SKIP
+from hlwq_jax import LazyTensor, TensorFile, find_sidecar
+from ltx_jax.checkpoint import upscaler_component
+from ltx_jax.config import UpscalerConfig
+
+TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+
+
+class ConvertError(ValueError):
+    """A source that cannot be converted, or a destination that cannot be written; the text says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpscalerFile:
+    """A latent upscaler: a file of its own."""
+
+    path: Path
+    component: str
+    metadata: dict[str, Any]  # its `config`
+    tensors: Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaFolder:
+    """A Gemma 3 text encoder in the Hugging Face layout."""
+
+    path: Path
+    metadata: dict[str, Any]  # config.json
+    tensors: Mapping[str, LazyTensor]  # of the text model, below its prefix
+    prefix: str
+    skipped: tuple[str, ...]  # vision tower, projector, head
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Everything found below a path."""
+
+    path: Path
+    files: tuple[Path, ...]  # that hold the main tensors
+    tensors: dict[str, LazyTensor]  # transformer, connectors, autoencoders, vocoder
+    metadata: dict[str, Any] | None  # the published `config`; None if no file has it
+    model_version: str | None
+    sidecar: dict[str, Any] | None
+    upscalers: dict[str, UpscalerFile]
+    gemma: GemmaFolder | None
+    ignored: dict[str, str] = field(default_factory=dict)  # file -> why
+
+    @property
+    def nbytes(self) -> int:
+        groups = [self.tensors, *(upscaler.tensors for upscaler in self.upscalers.values())]
+        if self.gemma is not None:
+            groups.append(self.gemma.tensors)
+        return sum(tensor.nbytes for group in groups for tensor in group.values())
+
+
+def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path, ...] = ()) -> Source:
+    """Reads the headers of all files of a package folder, or of an official checkpoint file.
+
+    Raises ConvertError or FormatError for what is missing, damaged, foreign, or there twice.
+    """
+    if not path.exists():
+        raise ConvertError(f"there is nothing at {path}; give a package folder or a checkpoint file")
+    found = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    text_folders = [] if path.is_file() else [folder.parent for folder in sorted(path.rglob("tokenizer.json"))]
+    found = [file for file in found if not any(folder in file.parents for folder in text_folders)]
+    if path.is_dir():
+        _check_indexes(path)
+    if not found:
+        raise ConvertError(f"{path} holds no safetensors file; give the folder of the published package")
+
+    ignored: dict[str, str] = {}
+    main: list[TensorFile] = []
+    named_upscalers: dict[str, UpscalerFile] = {}
+    for file in (*found, *upscalers):
+        opened = TensorFile(file)
+        upscaler = _upscaler(file, opened)
+        if upscaler is not None:
+            if upscaler.component in named_upscalers:
+                other = named_upscalers[upscaler.component].path
+                raise ConvertError(f"{other} and {file} are both a {upscaler.component}; keep one")
+            named_upscalers[upscaler.component] = upscaler
+        elif file in upscalers:
+            raise ConvertError(f"{file} is not a latent upscaler: it has no upscaler configuration or tensors")
+        elif any(".lora_A." in name or ".lora_B." in name for name in opened):
+            ignored[str(file)] = "a LoRA: give it to generate.py with --lora"
+        else:
+            main.append(opened)
+
+    if gemma is None and len(text_folders) == 1:
+        gemma = text_folders[0]
+    elif gemma is None and text_folders:
+        ignored |= {str(folder): "one of several text encoders: choose with --gemma" for folder in text_folders}
+    metadata, version = _metadata(main)
+    return Source(
+        path=path,
+        files=tuple(file.path for file in main),
+        tensors=_merge(main),
+        metadata=metadata,
+        model_version=version,
+        sidecar=find_sidecar(path) if path.is_dir() else None,
+        upscalers=named_upscalers,
+        gemma=None if gemma is None else open_gemma(gemma),
+        ignored=ignored,
+    )
+
+
+def _merge(files: list[TensorFile]) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
+    twice = []
+    for file in files:
+        for name in file:
+            if name in tensors:
+                twice.append(f"{name} in {tensors[name].path} and {file.path}")
+            tensors[name] = file[name]
+    if twice:
+        raise ConvertError(
+            f"{len(twice)} tensors are in more than one file, such as {'; '.join(twice[:3])}; give one release at a time"
+        )
+    return tensors
+
+
+def _metadata(files: list[TensorFile]) -> tuple[dict[str, Any] | None, str | None]:
+    """The published configuration and version, from whichever file has them."""
+    configs = {file.metadata["config"]: file.path for file in files if "config" in file.metadata}
+    if len(configs) > 1:
+        raise ConvertError(f"the files disagree on their configuration: {', '.join(map(str, configs.values()))}")
+    version = next((file.metadata["model_version"] for file in files if "model_version" in file.metadata), None)
+    for text, path in configs.items():
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise ConvertError(f"the config in the metadata of {path} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ConvertError(f"the config in the metadata of {path} is not a JSON object")
+        return config, version
+    return None, version
+
+
+def _upscaler(path: Path, file: TensorFile) -> UpscalerFile | None:
+    """The file as an upscaler, by its metadata or, where that is lost, by its tensors."""
+    config: dict[str, Any] | None = None
+    if "config" in file.metadata:
+        try:
+            config = json.loads(file.metadata["config"])
+        except ValueError:
+            return None
+        if not isinstance(config, dict) or config.get("_class_name") != "LatentUpsampler":
+            return None
+    elif {"initial_conv.weight", "final_conv.weight"} <= set(file):
+        config = _upscaler_config(path, file)
+    if config is None:
+        return None
+    component = upscaler_component(UpscalerConfig.from_metadata(config))
+    return UpscalerFile(path=path, component=component, metadata=config, tensors=file)
+
+
+def _upscaler_config(path: Path, file: TensorFile) -> dict[str, Any]:
+    """An upscaler's configuration from the shapes of its tensors."""
+    mid, channels = file["initial_conv.weight"].shape[:2]
+    blocks = 1 + max(int(name.split(".")[1]) for name in file if name.startswith("res_blocks."))
+    rational = "upsampler.conv.weight" in file
+    conv = file["upsampler.conv.weight" if rational else "upsampler.0.weight"]
+    temporal = len(conv.shape) == 5
+    config = {
+        "_class_name": "LatentUpsampler",
+        "in_channels": channels,
+        "mid_channels": mid,
+        "num_blocks_per_stage": blocks,
+        "dims": 3,
+        "spatial_upsample": not temporal,
+        "temporal_upsample": temporal,
+    }
+    if rational:
+        if conv.shape[0] != 9 * mid:
+            raise ConvertError(f"{path} has lost its metadata, and its resampler is not the x1.5 one; download it again")
+        config |= {"spatial_scale": 1.5, "rational_resampler": True}
+    return config
+
+
+def _check_indexes(folder: Path) -> None:
+    """Raises ConvertError for shards that an index lists and that are not there."""
+    for path in sorted(folder.rglob("*.safetensors.index.json")):
+        try:
+            shards = set(json.loads(path.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConvertError(f"{path} is not an index of safetensors files: {error}") from error
+        missing = sorted(str(name) for name in shards if not (path.parent / str(name)).is_file())
+        if missing:
+            raise ConvertError(f"{path} lists files that are not there: {', '.join(missing)}; download them")
+
+
+def open_gemma(folder: Path) -> GemmaFolder:
+    """Reads the headers of a Gemma 3 folder. Raises ConvertError for what it lacks."""
+    if not folder.is_dir():
+        raise ConvertError(f"there is no folder at {folder}; --gemma wants Gemma 3 in the Hugging Face layout")
+    lacking = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if lacking:
+        raise ConvertError(f"{folder} has no {' and no '.join(lacking)}; --gemma wants Gemma 3 as published, with both")
+    _check_indexes(folder)
+    try:
+        metadata = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConvertError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConvertError(f"{folder} holds no safetensors file; download the weights of Gemma 3 too")
+    tensors = _merge([TensorFile(path) for path in files])
+    skipped = tuple(name for name in tensors if any(fnmatch(name, pattern) for pattern in SKIP))
+    text = {name: tensor for name, tensor in tensors.items() if name not in skipped}
+    for prefix in TEXT_PREFIXES:
+        if f"{prefix}embed_tokens.weight" in text:
+            break
+    else:
+        raise ConvertError(
+            f"{folder} is not Gemma 3: it has no embed_tokens.weight below {', '.join(TEXT_PREFIXES)}; it has "
+            f"{', '.join(list(tensors)[:3])}"
+        )
+    return GemmaFolder(
+        path=folder,
+        metadata=metadata,
+        # A name outside the prefix stays whole, so that the plan reports it.
+        tensors={name.removeprefix(prefix): tensor for name, tensor in text.items()},
+        prefix=prefix,
+        skipped=skipped,
+        files=tuple(files),
+    )

@@ -1,0 +1,240 @@
+"""What a source must hold and what it does hold: every tensor planned to its place before any payload is read."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from typing import Any
+
+from flax import nnx
+
+from convert.files import ConvertError, Source
+from convert.mapping import Plan, flatten, plan, source_name
+from convert.tables import MAIN, SKIP, component_of, table_of
+from hlwq_jax import LazyTensor, Package, StoredWeight, read_package
+from ltx_jax.checkpoint import Configs, parameter_shapes
+from ltx_jax.config import ConfigError
+from ltx_jax.presets import LTX_2_3, NUM_HIDDEN_STATES
+
+PREFIX = "model.diffusion_model."
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a published tensor goes."""
+
+    component: str
+    path: str
+    pattern: str
+    shape: tuple[int, ...]  # as published
+    linear: bool  # the kernel of a plain linear: it may stay packed
+
+
+class Expected:
+    """Every tensor that models of a configuration are made from, by published name."""
+
+    def __init__(self, configs: Configs):
+        self.configs = configs
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # component -> our parameters
+        self.targets: dict[str, Target] = {}  # of the main file
+        for component in configs.components:
+            model = configs.abstract(component)
+            self.shapes[component] = parameter_shapes(model)
+            if component in MAIN:
+                self.targets |= self._targets(component, _linear_paths(model))
+
+    def _targets(self, component: str, linears: set[str]) -> Iterable[tuple[str, Target]]:
+        prefix, table = MAIN[component]
+        rules = list(flatten(table))
+        for path, shape in self.shapes[component].items():
+            name = source_name(rules, path)
+            rule = next(rule for rule in rules if rule.match(name) == path)
+            left, right = (side.split() for side in rule.pattern.split("->"))
+            sizes = dict(zip(right, shape, strict=True))
+            published = tuple(sizes[axis] for axis in left)
+            linear = path.removesuffix(".kernel") in linears and path.endswith(".kernel")
+            yield prefix + name, Target(component, path, rule.pattern, published, linear)
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what can be quantised: everything with at least two axes."""
+        return {name: target.shape for name, target in self.targets.items() if len(target.shape) >= 2}
+
+    @property
+    def linear_names(self) -> dict[str, str]:
+        return {
+            name.removesuffix(".weight"): f"{target.component}/{target.path.removesuffix('.kernel')}"
+            for name, target in self.targets.items()
+            if target.linear
+        }
+
+
+def _linear_paths(model: nnx.Module) -> set[str]:
+    return {
+        ".".join(map(str, path)) for path, module in nnx.iter_modules(model) if type(module) is nnx.Linear
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """A source held against what its configuration expects."""
+
+    source: Source
+    expected: Expected
+    metadata: dict[str, Any]  # as it will be saved
+    config_origin: str
+    num_hidden_states: int
+    package: Package | None  # None: nothing is quantised
+    weights: Mapping[str, StoredWeight]  # quantised, by published name
+    plain: Mapping[str, LazyTensor]
+    plans: Mapping[str, Plan]
+    skipped: tuple[str, ...]
+    strangers: tuple[str, ...]  # names of no model
+
+    @property
+    def missing(self) -> list[str]:
+        """Published names that are in neither form, main file first."""
+        names = []
+        for component, found in self.plans.items():
+            prefix = table_of(component, self.expected.configs.upscalers)[0]
+            names += [prefix + name for name in found.missing]
+        return names
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything besides missing tensors that stands in the way, one line each."""
+        lines = [f"unknown tensor: {name}" for name in self.strangers]
+        for component, found in self.plans.items():
+            lines += [f"unknown tensor of {component}: {name}" for name in found.unknown]
+            lines += [f"twice: {text}" for text in found.doubled]
+            lines += [f"wrong shape: {text}" for text in found.misshaped]
+        return lines
+
+
+def take_inventory(source: Source) -> Inventory:
+    """Plans every tensor of a source. Raises ConvertError where its configuration cannot be found out."""
+    num_hidden_states = _num_hidden_states(source)
+    if source.metadata is not None:
+        metadata, origin = source.metadata, "metadata of the checkpoint"
+    else:
+        metadata, origin = LTX_2_3, "built-in LTX-2.3 (the files have lost their configuration)"
+    metadata = _with_registers(metadata, source)
+    configs = Configs.from_metadata(
+        metadata,
+        None if source.gemma is None else source.gemma.metadata,
+        {name: upscaler.metadata for name, upscaler in source.upscalers.items()},
+        num_hidden_states=num_hidden_states,
+    )
+    _check_text_encoder(configs, num_hidden_states)
+    expected = Expected(configs)
+
+    package, weights, plain = None, {}, dict(source.tensors)
+    if any(name not in expected.targets and not _is_skipped(name) for name in source.tensors):
+        found = read_package(source.tensors, sidecar=source.sidecar, model_shapes=expected.matrices)
+        if found.weights:
+            package, weights, plain = found, dict(found.weights), dict(found.plain)
+    shapes = {name: tensor.shape for name, tensor in plain.items()}
+    for name, weight in weights.items():
+        shapes[name] = (weight.out_features or 0, weight.in_features or 0)
+        target = expected.targets.get(name)
+        if target is not None and len(target.shape) != 2:
+            shapes[name] = target.shape  # a convolution packed as a matrix is unpacked to its own shape
+
+    by_component: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    strangers, skipped = [], []
+    for name, shape in shapes.items():
+        component = component_of(name)
+        if name not in expected.targets and _is_skipped(name):
+            skipped.append(name)
+        elif component is None:
+            strangers.append(name)
+        else:
+            by_component[component][name.removeprefix(MAIN[component][0])] = shape
+    if source.gemma is not None:
+        by_component["gemma"] = {name: tensor.shape for name, tensor in source.gemma.tensors.items()}
+    for name, upscaler in source.upscalers.items():
+        by_component[name] = {key: tensor.shape for key, tensor in upscaler.tensors.items()}
+    plans = {
+        component: plan(table_of(component, configs.upscalers)[1], by_component[component], expected.shapes[component])
+        for component in configs.components
+    }
+    inventory = Inventory(
+        source=source,
+        expected=expected,
+        metadata=metadata,
+        config_origin=origin,
+        num_hidden_states=num_hidden_states,
+        package=package,
+        weights=weights,
+        plain=plain,
+        plans=plans,
+        skipped=tuple(skipped),
+        strangers=tuple(strangers),
+    )
+    if source.metadata is None:
+        _refuse_misfits(inventory)
+    return inventory
+
+
+def _is_skipped(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in SKIP)
+
+
+def _find(source: Source, name: str) -> LazyTensor | None:
+    """A plain tensor, also where a package left the prefix out."""
+    return source.tensors.get(name) or source.tensors.get(name.removeprefix(PREFIX))
+
+
+def _num_hidden_states(source: Source) -> int:
+    """How many states of the text encoder the projection reads: from its width, else from the text encoder."""
+    projection = _find(source, "text_embedding_projection.video_aggregate_embed.weight")
+    caption = (source.metadata or LTX_2_3).get("transformer", {}).get("caption_channels")
+    if projection is not None and len(projection.shape) == 2 and caption and projection.shape[1] % caption == 0:
+        return projection.shape[1] // caption
+    if source.gemma is not None:
+        text = source.gemma.metadata.get("text_config", source.gemma.metadata)
+        return int(text.get("num_hidden_layers", NUM_HIDDEN_STATES - 1)) + 1
+    return NUM_HIDDEN_STATES
+
+
+def _with_registers(metadata: dict[str, Any], source: Source) -> dict[str, Any]:
+    """The metadata with the number of registers that the tensors have: not every file says it, none is believed."""
+    registers = _find(source, PREFIX + "video_embeddings_connector.learnable_registers")
+    if registers is None or "transformer" not in metadata:
+        return metadata
+    transformer = metadata["transformer"] | {"connector_num_learnable_registers": registers.shape[0]}
+    return metadata | {"transformer": transformer}
+
+
+def _check_text_encoder(configs: Configs, num_hidden_states: int) -> None:
+    gemma = configs.gemma
+    if gemma is None:
+        return
+    gives = gemma.num_layers + 1, gemma.hidden_dim
+    takes = num_hidden_states, configs.connectors.hidden_dim
+    if gives != takes:
+        raise ConvertError(
+            f"the text encoder gives {gives[0]} hidden states of width {gives[1]}, but the checkpoint reads {takes[0]} "
+            f"of width {takes[1]}; give the Gemma 3 that belongs to it (LTX-2.3: the 12 B instruction-tuned model)"
+        )
+
+
+def _refuse_misfits(inventory: Inventory) -> None:
+    """Raises ConfigError if the built-in configuration does not fit the shapes that were found."""
+    misfits = [text for found in inventory.plans.values() for text in found.misshaped]
+    misfits += [f"{name} belongs to no LTX-2.3 model" for name in inventory.strangers]
+    misfits += [
+        f"{MAIN[component][0]}{name} is not in LTX-2.3"
+        for component, found in inventory.plans.items()
+        if component in MAIN
+        for name in found.unknown
+    ]
+    if misfits:
+        listed = "\n  ".join(misfits[:8])
+        raise ConfigError(
+            "the files have lost their configuration, and the built-in one of LTX-2.3 does not fit: "
+            f"{len(misfits)} misfits, first\n  {listed}\nGive files whose metadata has the `config` entry"
+        )
+
+

@@ -1,0 +1,274 @@
+"""Streams a planned source into a checkpoint folder, one part of one model at a time, the manifest last."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from convert.files import ConvertError, Source, open_source
+from convert.inventory import Inventory, take_inventory
+from convert.mapping import Step
+from convert.report import Report, make_report, to_text
+from convert.tables import table_of
+from hlwq_jax import LazyTensor, StoredWeight
+from ltx_jax.checkpoint import MANIFEST, TOKENIZER, Manifest, QuantizedShape, part_of
+from ltx_jax.orbax_io import save
+from ltx_jax.text import load_tokenizer
+
+MARKER = ".converting.json"  # says that a folder is an unfinished conversion of ours
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    *,
+    gemma: str | Path | None = None,
+    upscalers: tuple[str | Path, ...] = (),
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Converts published files into a checkpoint folder; returns its manifest.
+
+    Everything is planned from headers first. The folder appears under its name only when it is complete. Raises
+    ConvertError, FormatError or ConfigError for a source that is short, damaged or foreign, and for a destination that
+    is there already (unless `overwrite`, and only if it is a checkpoint).
+    """
+    dest = Path(dest)
+    opened = open_source(
+        Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
+    )
+    inventory = take_inventory(opened)
+    report = make_report(inventory)
+    refuse_incomplete(report)
+    text_length = _check_tokenizer(inventory)
+    _check_dest(dest, overwrite=overwrite)
+    _check_space(dest, opened)
+    console = Console(stderr=True, quiet=not progress)
+    console.print(to_text(report), highlight=False, soft_wrap=True)
+    console.print(f"writes         {dest}, about {opened.nbytes / 1e9:.3g} GB", highlight=False, soft_wrap=True)
+
+    with _working_folder(dest, overwrite=overwrite) as folder, _bar(console, opened.nbytes) as advance:
+        manifest = _write(inventory, report, folder, text_length, advance)
+        (folder / MARKER).unlink()
+    return manifest
+
+
+def refuse_incomplete(report: Report) -> None:
+    """Raises ConvertError, with the grouped list, for a source that lacks or doubles anything."""
+    if report.complete:
+        return
+    lines = []
+    if report.problems:
+        lines += [f"{len(report.problems)} tensors do not fit:", *(f"  {text}" for text in report.problems[:20])]
+    if report.missing:
+        lines += [f"{report.num_missing} tensors are missing:", *(f"  {text}" for text in report.missing)]
+        total = report.num_blocks * report.linears_per_block
+        covered = report.quantized_block_linears + report.plain_block_linears
+        if covered < total:
+            lines.append(
+                f"{covered} of {total} block linears are here. At 5 bits a weight those of LTX-2.3 need 11.9 GB: a "
+                "package with less cannot hold them all. Download the missing files, or use the official checkpoint"
+            )
+    raise ConvertError(f"{report.source} cannot be converted:\n" + "\n".join(lines))
+
+
+def _check_tokenizer(inventory: Inventory) -> int | None:
+    """The text length, from the tokenizer; TextError where it does not match the text encoder."""
+    gemma, config = inventory.source.gemma, inventory.expected.configs.gemma
+    if gemma is None or config is None:
+        return None
+    return load_tokenizer(gemma.path, vocab_size=config.vocab_size).text_length
+
+
+# ------------------------------------------------------------------ destination
+
+
+def _check_dest(dest: Path, *, overwrite: bool) -> None:
+    if not dest.exists():
+        return
+    if not dest.is_dir():
+        raise ConvertError(f"{dest} is a file; give the name of a folder to make")
+    if not any(dest.iterdir()):
+        return
+    if (dest / MANIFEST).is_file():
+        Manifest.read(dest)  # raises if it is not ours
+        if overwrite:
+            return
+        raise ConvertError(f"{dest} is a finished checkpoint; choose another folder, or --overwrite")
+    raise ConvertError(f"{dest} is not empty and was not made by convert; choose another folder")
+
+
+def _check_space(dest: Path, source: Source) -> None:
+    existing = next(parent for parent in dest.resolve().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed = int(source.nbytes * 1.02) + 2**20
+    if free < needed:
+        raise ConvertError(f"{existing} has {free / 1e9:.3g} GB free, the checkpoint needs {needed / 1e9:.3g} GB")
+
+
+@contextmanager
+def _working_folder(dest: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `dest` that takes its name when the block ends well, and is gone when it does not."""
+    folder = dest.with_name(f"{dest.name}.converting")
+    if folder.exists():
+        if not (folder / MARKER).is_file():
+            raise ConvertError(f"{folder} is in the way and was not made by convert; move it")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).write_text(json.dumps({"dest": str(dest)}))
+    try:
+        yield folder
+        if dest.exists():
+            shutil.rmtree(dest) if overwrite else dest.rmdir()
+        folder.rename(dest)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _bar(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+    columns = (
+        TextColumn("{task.description:<32}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("convert", total=total)
+
+        def advance(what: str, count: int) -> None:
+            progress.update(task, description=what, advance=count)
+
+        yield advance
+
+
+# ------------------------------------------------------------------------ parts
+
+
+def _write(
+    inventory: Inventory,
+    report: Report,
+    folder: Path,
+    text_length: int | None,
+    advance: Callable[[str, int], None],
+) -> Manifest:
+    started = time.time()
+    parts: dict[str, list[str]] = {}
+    quantized: dict[str, dict[str, QuantizedShape]] = {}
+    unpacked: list[str] = []
+    for component, plan in inventory.plans.items():
+        by_part: dict[str, list[Step]] = defaultdict(list)
+        for step in plan.steps:
+            by_part[part_of(component, step.target)].append(step)
+        parts[component] = sorted(by_part)
+        quantized[component] = {}
+        for part in parts[component]:
+            arrays: dict[str, np.ndarray] = {}
+            for step in by_part[part]:
+                name, stored = _stored(inventory, component, step.source)
+                if isinstance(stored, LazyTensor):
+                    arrays[step.target] = np.ascontiguousarray(rearrange(stored.read(), step.pattern))
+                elif inventory.expected.targets[name].linear and _holds_as_planes(stored):
+                    path = step.target.removesuffix(".kernel")
+                    arrays |= {f"{path}.{key}": array for key, array in _planes(stored).items()}
+                    quantized[component][path] = _shape(stored)
+                else:
+                    shape = inventory.expected.targets[name].shape
+                    arrays[step.target] = np.ascontiguousarray(
+                        rearrange(stored.dequantize().reshape(shape), step.pattern)
+                    )
+                    unpacked.append(name)
+                advance(f"{component}/{part}", stored.nbytes)
+            save(folder / component / part, arrays)
+
+    gemma = inventory.source.gemma
+    if gemma is not None:
+        (folder / TOKENIZER).mkdir()
+        for name in TOKENIZER_FILES:
+            if (gemma.path / name).is_file():
+                shutil.copyfile(gemma.path / name, folder / TOKENIZER / name)
+    manifest = Manifest(
+        metadata=inventory.metadata,
+        gemma_metadata=None if gemma is None else gemma.metadata,
+        upscaler_metadata={name: upscaler.metadata for name, upscaler in inventory.source.upscalers.items()},
+        num_hidden_states=inventory.num_hidden_states,
+        text_length=text_length,
+        model_version=inventory.source.model_version,
+        parts=parts,
+        quantized={component: layers for component, layers in quantized.items() if layers},
+        linear_names=inventory.expected.linear_names,
+        provenance={
+            "sources": {str(path): _digest(path) for path in _source_files(inventory.source)},
+            "quantized": [asdict(group) for group in report.quantized],
+            "configuration": report.configuration,
+            "unpacked_to_bfloat16": unpacked,
+            "skipped": list(inventory.skipped) + ([] if gemma is None else list(gemma.skipped)),
+            "ignored": inventory.source.ignored,
+            "warnings": list(report.warnings),
+            "seconds": round(time.time() - started, 3),
+            "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
+        },
+    )
+    (folder / MANIFEST).write_text(manifest.to_json() + "\n")
+    return manifest
+
+
+def _stored(inventory: Inventory, component: str, source: str) -> tuple[str, LazyTensor | StoredWeight]:
+    """The full published name of a planned tensor, and the tensor."""
+    if component == "gemma":
+        assert inventory.source.gemma is not None
+        return source, inventory.source.gemma.tensors[source]
+    if component in inventory.source.upscalers:
+        return source, inventory.source.upscalers[component].tensors[source]
+    name = table_of(component, {})[0] + source
+    return name, inventory.weights[name] if name in inventory.weights else inventory.plain[name]
+
+
+def _holds_as_planes(weight: StoredWeight) -> bool:
+    """Whether blocks stay within rows, as the device layout needs, and its lookup is wide enough."""
+    return not weight.flattened and 2 <= weight.bits <= 8
+
+
+def _planes(weight: StoredWeight) -> Mapping[str, np.ndarray]:
+    """The device layout of a packed weight, after all checks of its codes and norms."""
+    weight.check()
+    lo, hi = weight.planes()
+    arrays = {"lo": lo, "norms": weight.norms(), "scaled_centroids": weight.scaled_centroids}
+    return {key: np.asarray(array) for key, array in (arrays | ({} if hi is None else {"hi": hi})).items()}
+
+
+def _shape(weight: StoredWeight) -> QuantizedShape:
+    assert weight.in_features is not None
+    assert weight.out_features is not None
+    return QuantizedShape(
+        in_features=weight.in_features,
+        out_features=weight.out_features,
+        bits=weight.bits,
+        block_size=weight.block_size,
+    )
+
+
+def _source_files(source: Source) -> list[Path]:
+    gemma = () if source.gemma is None else source.gemma.files
+    return [*source.files, *(upscaler.path for upscaler in source.upscalers.values()), *gemma]
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
