@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from flax import nnx
@@ -13,8 +13,10 @@ from convert.files import ConvertError, Source
 from convert.mapping import Plan, flatten, plan, source_name
 from convert.tables import MAIN, SKIP, component_of, table_of
 from hlwq_jax import LazyTensor, Package, StoredWeight, read_package
-from ltx_jax.checkpoint import Configs, parameter_shapes
+from ltx_jax.abstract import abstract
+from ltx_jax.checkpoint import MODELS, Configs, parameter_shapes
 from ltx_jax.config import ConfigError
+from ltx_jax.models.upscaler import LatentUpscaler
 from ltx_jax.presets import LTX_2_3, NUM_HIDDEN_STATES
 
 PREFIX = "model.diffusion_model."
@@ -39,12 +41,11 @@ class Expected:
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # component -> our parameters
         self.targets: dict[str, Target] = {}  # of the main file
         for component in configs.components:
-            model = configs.abstract(component)
-            self.shapes[component] = parameter_shapes(model)
+            self.shapes[component], linears = _trace(component, configs.of(component))
             if component in MAIN:
-                self.targets |= self._targets(component, _linear_paths(model))
+                self.targets |= self._targets(component, linears)
 
-    def _targets(self, component: str, linears: set[str]) -> Iterable[tuple[str, Target]]:
+    def _targets(self, component: str, linears: frozenset[str]) -> Iterable[tuple[str, Target]]:
         prefix, table = MAIN[component]
         rules = list(flatten(table))
         for path, shape in self.shapes[component].items():
@@ -70,10 +71,13 @@ class Expected:
         }
 
 
-def _linear_paths(model: nnx.Module) -> set[str]:
-    return {
-        ".".join(map(str, path)) for path, module in nnx.iter_modules(model) if type(module) is nnx.Linear
-    }
+@lru_cache(maxsize=32)
+def _trace(component: str, config: Any) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """The parameters of a model by path, and the paths of its plain linears. Kept: tracing takes seconds."""
+    make = MODELS.get(component, LatentUpscaler)
+    model = abstract(lambda rngs: make(config, rngs=rngs))
+    linears = (".".join(map(str, path)) for path, module in nnx.iter_modules(model) if type(module) is nnx.Linear)
+    return parameter_shapes(model), frozenset(linears)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +130,10 @@ def take_inventory(source: Source) -> Inventory:
         {name: upscaler.metadata for name, upscaler in source.upscalers.items()},
         num_hidden_states=num_hidden_states,
     )
-    _check_text_encoder(configs, num_hidden_states)
     expected = Expected(configs)
+    if source.metadata is None:
+        _refuse_misfits(source, expected)
+    _check_text_encoder(configs, num_hidden_states)
 
     package, weights, plain = None, {}, dict(source.tensors)
     if any(name not in expected.targets and not _is_skipped(name) for name in source.tensors):
@@ -159,7 +165,7 @@ def take_inventory(source: Source) -> Inventory:
         component: plan(table_of(component, configs.upscalers)[1], by_component[component], expected.shapes[component])
         for component in configs.components
     }
-    inventory = Inventory(
+    return Inventory(
         source=source,
         expected=expected,
         metadata=metadata,
@@ -172,9 +178,6 @@ def take_inventory(source: Source) -> Inventory:
         skipped=tuple(skipped),
         strangers=tuple(strangers),
     )
-    if source.metadata is None:
-        _refuse_misfits(inventory)
-    return inventory
 
 
 def _is_skipped(name: str) -> bool:
@@ -220,15 +223,12 @@ def _check_text_encoder(configs: Configs, num_hidden_states: int) -> None:
         )
 
 
-def _refuse_misfits(inventory: Inventory) -> None:
-    """Raises ConfigError if the built-in configuration does not fit the shapes that were found."""
-    misfits = [text for found in inventory.plans.values() for text in found.misshaped]
-    misfits += [f"{name} belongs to no LTX-2.3 model" for name in inventory.strangers]
-    misfits += [
-        f"{MAIN[component][0]}{name} is not in LTX-2.3"
-        for component, found in inventory.plans.items()
-        if component in MAIN
-        for name in found.unknown
+def _refuse_misfits(source: Source, expected: Expected) -> None:
+    """Raises ConfigError if plain tensors do not have the shapes of the built-in configuration."""
+    misfits = [
+        f"{name} is {list(tensor.shape)}, LTX-2.3 has {list(expected.targets[name].shape)}"
+        for name, tensor in source.tensors.items()
+        if name in expected.targets and tensor.shape != expected.targets[name].shape
     ]
     if misfits:
         listed = "\n  ".join(misfits[:8])
@@ -236,5 +236,3 @@ def _refuse_misfits(inventory: Inventory) -> None:
             "the files have lost their configuration, and the built-in one of LTX-2.3 does not fit: "
             f"{len(misfits)} misfits, first\n  {listed}\nGive files whose metadata has the `config` entry"
         )
-
-

@@ -42,7 +42,14 @@ VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 LAYERED = ("transformer", "connectors", "gemma")  # stored, restored and stacked layer by layer
-UPSCALERS = ("upscaler_spatial_x2", "upscaler_spatial_x1_5", "upscaler_temporal_x2")
+MODELS: dict[str, Any] = {
+    "transformer": Transformer,
+    "connectors": TextConnectors,
+    "gemma": Gemma,
+    "video_vae": VideoVAE,
+    "audio_vae": AudioVAE,
+    "vocoder": Vocoder,
+}  # every other component is a latent upscaler
 
 
 class CheckpointError(ValueError):
@@ -150,19 +157,15 @@ class Configs:
 
     def abstract(self, component: str) -> nnx.Module:
         """The model of a component with shapes in place of arrays, its layers in a plain list."""
-        models = {
-            "transformer": (Transformer, self.transformer),
-            "connectors": (TextConnectors, self.connectors),
-            "gemma": (Gemma, self.gemma),
-            "video_vae": (VideoVAE, self.video_vae),
-            "audio_vae": (AudioVAE, self.audio_vae),
-            "vocoder": (Vocoder, self.vocoder),
-            **{name: (LatentUpscaler, config) for name, config in self.upscalers.items()},
-        }
         if component not in self.components:
             raise CheckpointError(f"there is no component {component!r} here; there are {', '.join(self.components)}")
-        make, config = models[component]
+        make = MODELS.get(component, LatentUpscaler)
+        config = self.of(component)
         return abstract(lambda rngs: make(config, rngs=rngs))
+
+    def of(self, component: str) -> Any:
+        """The configuration of one component."""
+        return self.upscalers[component] if component in self.upscalers else getattr(self, component)
 
     @property
     def components(self) -> tuple[str, ...]:

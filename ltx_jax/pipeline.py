@@ -126,10 +126,18 @@ class Pipeline:
                 cast = self.dtype if self.dtype != jnp.float32 and component != "vocoder" else None
                 model = load_component(self.folder, self.manifest, component, dtype=cast)
                 if component == "transformer" and self.loras:
-                    add_loras(model, self.loras, self.manifest.linear_names)
+                    add_loras(model, self.loras, self._linears_below("model.diffusion_model.", component))
                 self.models[component] = model
                 advance()
         return self.models[component]
+
+    def _linears_below(self, prefix: str, component: str) -> dict[str, str]:
+        """Published names below a prefix -> paths in a component."""
+        return {
+            name.removeprefix(prefix): path.removeprefix(f"{component}/")
+            for name, path in self.manifest.linear_names.items()
+            if name.startswith(prefix) and path.startswith(f"{component}/")
+        }
 
     def free(self, *components: str) -> None:
         """Drops models (all, if none is named) so that their memory can be used by others."""

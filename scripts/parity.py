@@ -12,19 +12,21 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs without installation
 
-import jax  # noqa: E402
-import tyro  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
 
-from scripts import parity_autoencoders, parity_models, parity_runs  # noqa: E402
-from scripts.parity_cases import Report, Row, Runner, run_files  # noqa: E402
+from scripts import parity_autoencoders, parity_models, parity_runs
+from scripts.parity_cases import Report, Row, Runner, run_files
 
 RUNNERS = {
     "rope": parity_runs.run_rope,
@@ -48,10 +50,26 @@ def run_models(directory: Path) -> list[Row]:
         run = parity_autoencoders.run_upscaler if upscaler else RUNNERS.get(name)
         return None if run is None else lambda report, reference: run(models, report, reference)
 
-    with report.case("checkpoint"):
-        models.check_checkpoint(report)
-    run_files(report, directory, runner_of, models.inputs)
+    with quick_compilation():
+        with report.case("checkpoint"):
+            models.check_checkpoint(report)
+        run_files(report, directory, runner_of, models.inputs)
     return report.rows
+
+
+@contextmanager
+def quick_compilation() -> Iterator[None]:
+    """On a CPU, tiny models take far longer to compile than to run; half of that is optimisation.
+
+    Without it the errors are of the same size: it changes the order of sums, not the precision.
+    """
+    flag = "jax_disable_most_optimizations"
+    before = bool(jax.config.read(flag))
+    jax.config.update(flag, before or jax.default_backend() == "cpu")
+    try:
+        yield
+    finally:
+        jax.config.update(flag, before)
 
 
 def run_directory(directory: Path) -> list[Row] | None:

@@ -87,7 +87,7 @@ def _run_tiled(models: Models, report: Report, reference: Reference) -> None:
     report.add("video_vae/tiled places", places, {key: info[key] for key in places}, 0.0)
 
     plan = Tiles(time=spans[0], rows=spans[1], columns=spans[2])
-    chunks = list(_decode(lambda x: call(models.video_vae, x, method="decode"), latents, plan))
+    chunks = list(_decode(lambda x: call(models.video_vae, x, method="decode"), np.asarray(latents), plan))
     if "chunks" in info:  # the reference also counts empty ones
         theirs = [n for n in info["chunks"] if n > 0]
         report.add("video_vae/tiled chunks", [chunk.shape[1] for chunk in chunks], theirs, 0.0)
@@ -183,7 +183,8 @@ def _run_vocoder(models: Models, report: Report, reference: Reference) -> None:
         report.add("audio/vocoder mid", ours, theirs, AUTOENCODER)
     if "vocoder.resampler.filter" in reference:
         theirs = reference["vocoder.resampler.filter"]
-        ours = _whole_filter(rates[1] // rates[0], theirs.size).reshape(theirs.shape)
+        up = rates[1] // rates[0]  # by which theirs is divided, and the zeros between the samples multiplied
+        ours = _whole_filter(up, theirs.size).reshape(theirs.shape) / up
         report.add("audio/vocoder resampler filter", ours, theirs, EXACT)
 
 

@@ -67,7 +67,10 @@ def compare(case: str, ours: Arrays, theirs: Arrays, tolerance: float, mask: np.
     if not isinstance(theirs, Mapping):
         ours, theirs = {"": ours}, {"": theirs}
     if ours.keys() != theirs.keys():
-        return failure(case, f"have {sorted(ours)}, need {sorted(theirs)}")
+        lacking, beyond = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+        return failure(case, f"the reference lacks {beyond or 'nothing'}; ours lacks {lacking or 'nothing'}")
+    if not theirs:
+        return failure(case, "nothing to compare")
     worst, where = -1.0, ""
     for name in theirs:
         a, b = (np.asarray(x).astype(np.float64) for x in (ours[name], theirs[name]))
@@ -87,7 +90,7 @@ def compare(case: str, ours: Arrays, theirs: Arrays, tolerance: float, mask: np.
         if error > worst:
             worst, where = error, name
     note = f"largest at {where}" if len(theirs) > 1 else ""
-    return Row(case, worst, tolerance, worst <= tolerance, note) if theirs else failure(case, "nothing to compare")
+    return Row(case, worst, tolerance, worst <= tolerance, note)
 
 
 class Reference:
@@ -110,7 +113,7 @@ class Reference:
         return name in self.arrays
 
     def get(self, name: str) -> np.ndarray | None:
-        return self[name] if name in self else None
+        return self[name] if name in self.arrays else None
 
     def names(self, prefix: str = "") -> list[str]:
         """What comes behind `prefix` in the names that begin with it."""
@@ -204,7 +207,9 @@ def read_prefix(path: Path, *prefixes: str, without: tuple[str, ...] = ()) -> di
         return {name.removeprefix(cut): file.get_tensor(name) for name in names}
 
 
-def fill(make: Callable[[], nnx.Module], table: Table, tensors: Mapping[str, np.ndarray], skip: tuple[str, ...] = ()):
+def fill(
+    make: Callable[[], nnx.Module], table: Table, tensors: Mapping[str, np.ndarray], skip: tuple[str, ...] = ()
+) -> Any:
     """A model built from shapes alone and filled from published tensors through its table.
 
     Raises ValueError that lists every tensor that is unknown (and not in `skip`), missing, doubled or of a wrong shape.

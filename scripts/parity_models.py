@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from convert.tables import audio_vae as audio_vae_table
+from convert.tables import component_of
 from convert.tables import gemma as gemma_table
 from convert.tables import video_vae as video_vae_table
 from convert.tables import vocoder as vocoder_table
@@ -123,20 +124,29 @@ class Models:
     @cached_property
     def video_vae(self) -> VideoVAE:
         tensors = read_prefix(self.checkpoint, "vae.")
-        make = lambda: VideoVAE(self.video_config, rngs=nnx.Rngs(0))  # noqa: E731
-        return fill(make, video_vae_table.VIDEO_VAE, tensors, video_vae_table.SKIP)
+        return fill(
+            lambda: VideoVAE(self.video_config, rngs=nnx.Rngs(0)),
+            video_vae_table.VIDEO_VAE,
+            tensors,
+            video_vae_table.SKIP,
+        )
 
     @cached_property
     def audio_vae(self) -> AudioVAE:
         tensors = read_prefix(self.checkpoint, "audio_vae.")
-        make = lambda: AudioVAE(self.audio_config, rngs=nnx.Rngs(0))  # noqa: E731
-        return fill(make, audio_vae_table.AUDIO_VAE, tensors, audio_vae_table.SKIP)
+        return fill(
+            lambda: AudioVAE(self.audio_config, rngs=nnx.Rngs(0)),
+            audio_vae_table.AUDIO_VAE,
+            tensors,
+            audio_vae_table.SKIP,
+        )
 
     @cached_property
     def vocoder(self) -> Vocoder:
         tensors = read_prefix(self.checkpoint, "vocoder.")
-        make = lambda: Vocoder(self.vocoder_config, rngs=nnx.Rngs(0))  # noqa: E731
-        return fill(make, vocoder_table.VOCODER, tensors, vocoder_table.SKIP)
+        return fill(
+            lambda: Vocoder(self.vocoder_config, rngs=nnx.Rngs(0)), vocoder_table.VOCODER, tensors, vocoder_table.SKIP
+        )
 
     def upscaler(self, name: str) -> LatentUpscaler:
         path = self.directory / f"{name}.safetensors"
@@ -146,9 +156,8 @@ class Models:
 
     def check_checkpoint(self, report: Report) -> None:
         """A row for the checkpoint's own metadata, and failing rows for tensors that belong to no model."""
-        known = (DIFFUSION, *PREFIXES, "vae.", "audio_vae.", "vocoder.")
         with safe_open(self.checkpoint, "np") as file:
-            stray = [name for name in list(file.keys()) if not name.startswith(known)]
+            stray = [name for name in list(file.keys()) if component_of(name) is None]
             inside = (file.metadata() or {}).get("config")
         note = ""
         if inside is None:
@@ -174,7 +183,13 @@ def _case_inputs(reference: Reference, case: str) -> tuple[StreamInput | None, S
     sigma = given("sigma")
     if sigma is None:
         sigma = reference[shared_sigma]
-    keep_masks, context_mask = given("keep_masks"), given("context_mask")
+    keep_masks = given("keep_masks")
+
+    def mask_of(modality: str, kind: str) -> jax.Array | None:
+        mask = given(f"{modality}.{kind}")
+        if mask is None and modality == "video":  # one that names no modality is the video's
+            mask = given(kind)
+        return None if mask is None else jnp.asarray(mask, jnp.float32)
 
     def stream(modality: str, other: str) -> StreamInput | None:
         if f"{other}_only" in case:
@@ -188,17 +203,14 @@ def _case_inputs(reference: Reference, case: str) -> tuple[StreamInput | None, S
         if keep_masks is not None:  # every sample is the first one, perturbed in another way
             arrays = [np.repeat(a[:1], keep_masks.shape[-1], axis=0) for a in arrays if a is not None]
         tokens, positions, context = arrays
-        self_mask = given(f"{modality}.self_mask" if f"{case}.in.{modality}.self_mask" in reference else "self_mask")
-        if self_mask is not None and (modality == "audio" and f"{case}.in.self_mask" in reference):
-            self_mask = None  # the unnamed one is the video's
         return StreamInput(
             tokens=jnp.asarray(tokens),
             timesteps=jnp.asarray(own_sigma[:, None] if timesteps is None else timesteps[..., 0]),
             sigma=jnp.asarray(own_sigma),
             positions=jnp.asarray(rearrange(positions, "b axes t ends -> b t axes ends")),
             context=jnp.asarray(context),
-            context_mask=None if context_mask is None else jnp.asarray(context_mask, jnp.float32),
-            self_mask=None if self_mask is None else jnp.asarray(self_mask),
+            context_mask=mask_of(modality, "context_mask"),
+            self_mask=mask_of(modality, "self_mask"),
             enabled=f"{modality}_disabled" not in case,
         )
 

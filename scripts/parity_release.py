@@ -23,7 +23,7 @@ from ltx_jax.pipeline import ImageCondition, Latents
 from ltx_jax.settings import PipelineName
 from ltx_jax.stack import module_at
 from ltx_jax.text import text_contexts, text_hidden_states
-from scripts.parity_cases import Reference, Row, compare
+from scripts.parity_cases import Reference, Row, compare, failure
 
 # All from the README beside the reference: what disturbing inputs by 1e-6 does to the reference, with room to spare.
 WEIGHT_TOLERANCE = 2**-8  # of the largest weight: bfloat16 rounding after another order of summation
@@ -49,19 +49,15 @@ def run_release(directory: Path) -> list[Row]:
             return rows
         listed = set(release.index)
         present = {path.name for path in release.reference.glob("*.safetensors")}
-        rows += [_failed(name, "listed in index.json, but missing") for name in sorted(listed - present)]
-        rows += [_failed(name, "not listed in index.json") for name in sorted(present - listed)]
+        rows += [failure(name, "listed in index.json, but missing") for name in sorted(listed - present)]
+        rows += [failure(name, "not listed in index.json") for name in sorted(present - listed)]
         for name in sorted(listed & present):
             stem = name.removesuffix(".safetensors")
             try:
                 rows += release.run(stem, checkpoint)
             except Exception as error:  # the other files still run
-                rows.append(_failed(stem, f"{type(error).__name__}: {error}"))
+                rows.append(failure(stem, f"{type(error).__name__}: {error}"))
     return rows
-
-
-def _failed(case: str, note: str) -> Row:
-    return Row(case=case, error=float("nan"), tolerance=0.0, ok=False, note=note)
 
 
 class Release:
@@ -109,8 +105,8 @@ class Release:
         elif "upscaler" in stem:
             rows = self.upscaler(stem, reference, self.pipeline(checkpoint))
         else:
-            return [_failed(stem, "unknown file")]
-        return rows + [_failed(f"{stem}/{key}", f"unknown: {key}") for key in reference.unread()]
+            return [failure(stem, "unknown file")]
+        return rows + [failure(f"{stem}/{key}", f"unknown: {key}") for key in reference.unread()]
 
     # ----------------------------------------------------------------- weights
 
@@ -129,7 +125,7 @@ class Release:
             plain = linear.kernel.get_value().T if isinstance(linear, nnx.Linear) else linear.dequantize()
             weight = np.asarray(plain)
             if list(weight.shape) != fact["shape"]:
-                rows.append(_failed(f"dequantised/{name}", f"shape {weight.shape}, expected {fact['shape']}"))
+                rows.append(failure(f"dequantised/{name}", f"shape {weight.shape}, expected {fact['shape']}"))
                 continue
             equal += sha256(np.ascontiguousarray(weight).tobytes()).hexdigest() == fact["sha256_bf16"]
             wide = weight.astype(np.float32)
@@ -187,8 +183,8 @@ class Release:
         settings, noise = self.settings(info, source)
         prompt = None
         if "in.video_context" in reference:
-            contexts = (jnp.asarray(reference[f"in.{m}_context"]).astype(pipe.dtype) for m in ("video", "audio"))
-            prompt = Prompt(*contexts)
+            contexts = {m: jnp.asarray(reference[f"in.{m}_context"]).astype(pipe.dtype) for m in ("video", "audio")}
+            prompt = Prompt(**contexts)
         image = reference["in.image"] if "in.image" in reference else None
 
         judge = Judge(stem, reference, info, dtype)
@@ -209,9 +205,9 @@ class Release:
             condition = ImageCondition(image=image)
             ours = pipe.encode_image(condition, height=settings.height, width=settings.width)
             judge.add("out.image_latent", rearrange(ours, "b f h w c -> b c f h w"), PASS_TOLERANCE, "image")
-        if any(key.startswith("out.frames") for key in reference.keys()):  # noqa: SIM118
+        if reference.names("out.frames"):
             judge.frames(np.concatenate(list(pipe.decode_video(latents.video))))
-        if any(key.startswith("out.waveform") for key in reference.keys()):  # noqa: SIM118
+        if reference.names("out.waveform"):
             judge.waveform(pipe.decode_audio(latents.audio))
         if "out.video_latent_without_lora" in reference:
             plain = self.pipeline(checkpoint, dtype).generate_latents(settings, prompt=prompt, image=image, noise=noise)
@@ -324,12 +320,13 @@ class Judge:
         self.add(f"{prefix}audio_latent{suffix}", audio, RUN_TOLERANCE, group)
 
     def frames(self, frames: np.ndarray) -> None:
-        for key in [key for key in self.reference.keys() if key.startswith("out.frames")]:  # noqa: SIM118
+        for rest in self.reference.names("out.frames"):
+            key = f"out.frames{rest}"
             every = _stride(key)
             theirs = np.asarray(self.reference[key]).astype(int)
             ours = frames[:, ::every, ::every].astype(int)
             if ours.shape != theirs.shape:
-                row = _failed(f"{self.stem}/frames", f"shape {ours.shape}, expected {theirs.shape}")
+                row = failure(f"{self.stem}/frames", f"shape {ours.shape}, expected {theirs.shape}")
             else:
                 difference = np.abs(ours - theirs)
                 off, worst = float((difference > 0).mean()), float(difference.max())
@@ -339,7 +336,8 @@ class Judge:
             self.found.setdefault("frames", []).append(row)
 
     def waveform(self, waveform: np.ndarray) -> None:
-        for key in [key for key in self.reference.keys() if key.startswith("out.waveform")]:  # noqa: SIM118
+        for rest in self.reference.names("out.waveform"):
+            key = f"out.waveform{rest}"
             self.add(key, waveform.T[:, :: _stride(key)], RUN_TOLERANCE, "waveform")
 
     def rows(self) -> list[Row]:

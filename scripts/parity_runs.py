@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -25,6 +26,7 @@ from ltx_jax.geometry import (
 from ltx_jax.guidance import Guidance, guide
 from ltx_jax.models.rope import Rotary, apply_rotary, frequency_grid, rotary_tables
 from ltx_jax.models.upscaler import upscale
+from ltx_jax.pipeline import Latents
 from scripts.parity_autoencoders import channels_first, channels_last
 from scripts.parity_cases import AUTOENCODER, EXACT, FORWARD, RUN, Reference, Report, call, relative
 from scripts.parity_models import Models
@@ -114,7 +116,7 @@ def run_rope(models: Models, report: Report, reference: Reference) -> None:
         used = [t for t in tables if name in (t, f"{t}_or_cross")]
         axes = reference["video.positions"].shape[1] if used and used[0] == "video_self" else 1
         grid = frequency_grid(tables[used[0]][0] if used else 2 * len(theirs), axes, theta)
-        report.add(f"rope/grid {name}", grid, theirs, relative(theirs))
+        report.add(f"rope/grid {name}", grid / theirs, np.ones_like(theirs), EXACT)
 
     if "apply.in" in reference:
         with report.case("rope/apply", reference, "apply."):
@@ -178,8 +180,7 @@ def _step(reference: Reference, name: str) -> Any | None:
         return sampling.ancestral_step(*arrays, sigma, sigma_next, **settings)
     if found[1] == "cfgpp":
         return sampling.cfgpp_step(*arrays[:2], jnp.asarray(unconditional), arrays[2], sigma, sigma_next, **settings)
-    wide = (array.astype(np.float64) for array in (x, x0, noise))  # as in the sampler
-    return sampling.sde_noise_step(*wide, sigma, sigma_next, **settings)
+    return sampling.sde_noise_step(x, x0, noise, sigma, sigma_next, **settings)
 
 
 def _guided(reference: Reference, name: str) -> Any | None:
@@ -238,7 +239,7 @@ class Runs:
         )
         context = [jnp.asarray(reference[f"in.{name}_context"]) for name in ("video", "audio")]
         self.prompt = Prompt(video=context[0], audio=context[1])
-        self.noise = Pair(*(jnp.asarray(reference[f"in.{name}_noise"]) for name in ("video", "audio")))
+        self.noise = [jnp.asarray(reference[f"in.{name}_noise"]) for name in ("video", "audio")]
         self.sigmas = reference["in.sigmas"]
 
     @cached_property
@@ -261,14 +262,14 @@ class Runs:
 
         return of(info["video_guidance"]), of(info["audio_guidance"])
 
-    def states(self, grid: VideoGrid | None = None, latents: Pair = Pair(None, None)) -> list[LatentState]:
+    def states(self, *, video: Any = None, audio: Any = None, grid: VideoGrid | None = None) -> list[LatentState]:
         """Both modalities, from nothing or from latents."""
         grid, audio_config = grid or self.grid, self.models.audio_config
         channels = self.models.transformer_config.video.in_channels
         length = audio_latent_length(grid.num_frames, grid.fps, audio_config)
         return [
-            video_state(grid, channels=channels, dtype=jnp.float32, latents=latents.video),
-            audio_state(length, audio_config, dtype=jnp.float32, latents=latents.audio),
+            video_state(grid, channels=channels, dtype=jnp.float32, latents=video),
+            audio_state(length, audio_config, dtype=jnp.float32, latents=audio),
         ]
 
     def denoise(
@@ -278,10 +279,10 @@ class Runs:
         *,
         sampler: Callable[..., Pair] = sampling.euler,
         guidance: tuple[Guidance, Guidance] | None = None,
-        noise: Pair | None = None,
+        noise: list[jax.Array] | None = None,
         sigmas: Any = None,
         grid: VideoGrid | None = None,
-    ) -> Pair:
+    ) -> Latents:
         """One run: rows for its model calls and for the latents that it gives, which are returned."""
         grid, noise, sigmas = grid or self.grid, noise or self.noise, self.sigmas if sigmas is None else sigmas
         calls: dict[str, Any] = {}
@@ -301,18 +302,21 @@ class Runs:
             callback=record,
         )
         scale = float(sigmas[0])
-        tokens = sampler(predict, Pair(*(s.noised(n, scale) for s, n in zip(states, noise, strict=True))), sigmas)
+        video, audio = (state.noised(n, scale) for state, n in zip(states, noise, strict=True))
+        tokens = sampler(predict, Pair(video, audio), sigmas)
+        assert tokens.video is not None
+        assert tokens.audio is not None
         self.report.add(f"e2e/{name} calls", calls, self.reference.under(f"{name}.call"), RUN)
-        latents = Pair(
-            unpatchify_video(tokens.video[:, : grid.num_tokens], grid),
-            unpatchify_audio(tokens.audio, self.models.audio_config),
+        latents = Latents(
+            video=unpatchify_video(tokens.video[:, : grid.num_tokens], grid),
+            audio=unpatchify_audio(tokens.audio, self.models.audio_config),
         )
-        ours = {f"{m}_latent": channels_first(x) for m, x in zip(("video", "audio"), latents, strict=True)}
+        ours = {f"{m}_latent": channels_first(getattr(latents, m)) for m in ("video", "audio")}
         self.report.add(f"e2e/{name} out", ours, self.reference.under(f"{name}.out."), RUN)
         return latents
 
     @cached_property
-    def guided(self) -> Pair:
+    def guided(self) -> Latents:
         return self.denoise("guided", self.states(), guidance=self.guidance())
 
     # What a name stands for. Each is called with its name.
@@ -354,13 +358,13 @@ class Runs:
         video = append_keyframe(video, images[1], grid=self.grid, frame=frame, strength=strength)
         num_appended = video.initial.shape[1] - video.num_generated
         extra = jnp.asarray(reference["in.extra_noise"])[:, :num_appended]
-        noise = self.noise._replace(video=jnp.concatenate([self.noise.video, extra], axis=1))
+        noise = [jnp.concatenate([self.noise[0], extra], axis=1), self.noise[1]]
         self.denoise(name, [video, audio], guidance=self.guidance(), noise=noise)
 
     def run_a2v(self, name: str) -> None:
         """Given audio, kept; the video follows it."""
         audio = channels_last(self.reference[f"{name}.in.audio_latent"])
-        states = self.states(latents=Pair(None, audio))
+        states = self.states(audio=audio)
         self.denoise(name, [states[0], frozen(states[1])], guidance=(self.guidance()[0], Guidance()))
 
     def run_stage2(self, name: str) -> None:
@@ -373,18 +377,19 @@ class Runs:
         _, frames, height, width, _ = upscaled.shape
         time, row, column = self.grid.scale
         grid = replace(self.grid, num_frames=(frames - 1) * time + 1, height=height * row, width=width * column)
-        states = self.states(grid, Pair(upscaled, self.guided.audio))
-        noise = Pair(*(jnp.asarray(reference[f"{name}.in.{m}_noise"]) for m in ("video", "audio")))
+        states = self.states(video=upscaled, audio=self.guided.audio, grid=grid)
+        noise = [jnp.asarray(reference[f"{name}.in.{m}_noise"]) for m in ("video", "audio")]
         sigmas = reference.get(f"{name}.in.sigmas")
         sigmas = sampling.DISTILLED_SIGMAS_STAGE_2 if sigmas is None else sigmas
         self.denoise(name, states, noise=noise, sigmas=sigmas, grid=grid)
 
     def run_decode(self, name: str) -> None:
         """The guided latents as pixels and sound."""
-        video, audio = self.guided
-        pixels = call(self.models.video_vae, video, method="decode")
-        mel = call(self.models.audio_vae, audio, method="decode")
-        waveform = call(self.models.vocoder, call(self.models.vocoder, mel, method="base_waveform"), method="extend_bandwidth")
+        models = self.models
+        pixels = call(models.video_vae, self.guided.video, method="decode")
+        mel = call(models.audio_vae, self.guided.audio, method="decode")
+        base = call(models.vocoder, mel, method="base_waveform")
+        waveform = call(models.vocoder, base, method="extend_bandwidth")
         ours = {"video_0_1": jnp.clip(pixels[0] / 2 + 0.5, 0, 1), "wav48k": waveform[0].T}
         for key, array in ours.items():
             if f"{name}.out.{key}" in self.reference:

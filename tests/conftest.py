@@ -41,6 +41,16 @@ def reference(ltx_dir: Path) -> Callable[[str], dict[str, np.ndarray]]:
     return lambda name: load_file(ltx_dir / f"{name}.safetensors")
 
 
+@pytest.fixture(scope="session")
+def mini_checkpoint(mini_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature release, converted."""
+    from convert import convert
+
+    dest = tmp_path_factory.mktemp("checkpoint") / "mini"
+    convert(mini_release / "LTX-2.3-22B-PolarQuant-Q5", dest, gemma=mini_release / "gemma-3-mini")
+    return dest
+
+
 def read_prefix(path: Path, prefix: str) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file below `prefix`, which is cut off."""
     with safe_open(path, "np") as file:
@@ -51,8 +61,7 @@ def fill(make: Callable[[], nnx.Module], table: Table, tensors: Mapping[str, np.
     """Builds a model from shapes alone and fills it from published tensors through its table; nothing may be left."""
     from einops import rearrange
 
-    abstract = nnx.eval_shape(make)
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(nnx.eval_shape(make))
     flat = dict(nnx.to_flat_state(state))
     names = {".".join(map(str, path)): path for path in flat}
     p = plan(table, {k: v.shape for k, v in tensors.items()}, {k: flat[v].get_value().shape for k, v in names.items()})
