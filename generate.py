@@ -1,6 +1,6 @@
 """Prompt to clip on the command line: arguments in, one pipeline call, files out.
 
-    python generate.py --checkpoint DIR --prompt "a heron lands on still water" --output heron.mp4
+python generate.py --checkpoint DIR --prompt "a heron lands on still water" --output heron.mp4
 """
 
 import hashlib
@@ -35,8 +35,8 @@ from einops import rearrange  # noqa: E402
 from safetensors.flax import save_file  # noqa: E402
 
 from ltx_jax.checkpoint import MANIFEST  # noqa: E402
-from ltx_jax.media import check_writable, write_mp4, written_whole  # noqa: E402
-from ltx_jax.pipeline import Latents, load_pipeline  # noqa: E402
+from ltx_jax.media import check_writable, read_image, write_mp4, written_whole  # noqa: E402
+from ltx_jax.pipeline import Latents, load_pipeline, read_noise  # noqa: E402
 from ltx_jax.progress import TerminalProgress  # noqa: E402
 from ltx_jax.settings import Settings  # noqa: E402
 
@@ -68,15 +68,16 @@ class UsageError(ValueError):
 
 def parse_lora(text: str) -> tuple[Path, float]:
     """`PATH` or `PATH:STRENGTH`."""
-    path, colon, strength = text.rpartition(":")
+    path, strength = text, 1.0
+    head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
         try:
-            return Path(path), float(strength)
+            path, strength = head, float(tail)
         except ValueError:
-            pass
-    if not Path(text).exists():
-        raise UsageError(f"there is no LoRA file at {text}; give --lora PATH or --lora PATH:STRENGTH")
-    return Path(text), 1.0
+            pass  # a colon within the name
+    if not Path(path).is_file():
+        raise UsageError(f"there is no LoRA file at {path}; give --lora PATH or --lora PATH:STRENGTH")
+    return Path(path), strength
 
 
 def sha256(path: Path) -> str:
@@ -170,6 +171,11 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     for path in (output, output.with_suffix(".json"), arguments.save_latents):
         if path is not None:
             check_writable(path)
+    # What cannot be read should fail before models are loaded, not after.
+    if settings.image is not None:
+        read_image(settings.image)
+    if settings.noise is not None:
+        read_noise(settings.noise)
     loras = [parse_lora(text) for text in arguments.lora]
     progress = TerminalProgress()
     pipe = load_pipeline(arguments.checkpoint, dtype=arguments.dtype, loras=loras, progress=progress)
@@ -183,16 +189,17 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
         f"{settings.pipeline}: {settings.width}x{settings.height}, {settings.num_frames} frames at {settings.fps:g} "
         f"fps, seed {settings.seed}, {pipe.dtype.name} on {facts['device']}"
     )
-    latents = pipe.generate_latents(settings)
     # Each model makes room for the next.
-    pipe.free("gemma", "connectors", "transformer")
+    prompt = pipe.encode_prompt(settings.prompt)
+    negative = pipe.encode_prompt(settings.negative_prompt) if pipe.needs_negative(settings) else None
+    pipe.free("gemma", "connectors")
+    latents = pipe.generate_latents(settings, prompt=prompt, negative=negative)
+    pipe.free("transformer", "upscaler_spatial_x2")
     if arguments.save_latents is not None:
         save_latents(arguments.save_latents, latents)
     waveform = pipe.decode_audio(latents.audio)
     frames = (frame for chunk in pipe.decode_video(latents.video) for frame in chunk)
-    write_mp4(
-        output, frames, fps=settings.fps, waveform=waveform, sample_rate_hz=pipe.configs.vocoder.sample_rate_hz
-    )
+    write_mp4(output, frames, fps=settings.fps, waveform=waveform, sample_rate_hz=pipe.configs.vocoder.sample_rate_hz)
     with written_whole(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
     progress.console.print(f"wrote {output} and {output.with_suffix('.json')}")

@@ -4,7 +4,6 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -32,8 +31,8 @@ class Convert:
     """The folder to make."""
     gemma: Path | None = None
     """Gemma 3 in the Hugging Face layout; without it the checkpoint cannot read prompts."""
-    upscaler: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")] = ()
-    """Latent upscalers that lie elsewhere."""
+    upscaler: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A latent upscaler that lies elsewhere; may be given several times."""
     overwrite: bool = False
     """Replace a finished checkpoint at DEST."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.tables.gemma import SKIP
 from hlwq_jax import LazyTensor, TensorFile, find_sidecar
-from ltx_jax.checkpoint import upscaler_component
+from ltx_jax.checkpoint import MANIFEST, upscaler_component
 from ltx_jax.config import UpscalerConfig
 
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
@@ -53,6 +53,7 @@ class Source:
     sidecar: dict[str, Any] | None
     upscalers: dict[str, UpscalerFile]
     gemma: GemmaFolder | None
+    doubled: tuple[str, ...] = ()  # main tensors that are in two files
     ignored: dict[str, str] = field(default_factory=dict)  # file -> why
 
     @property
@@ -71,26 +72,32 @@ def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path,
     if not path.exists():
         raise ConvertError(f"there is nothing at {path}; give a package folder or a checkpoint file")
     found = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    text_folders = [] if path.is_file() else [folder.parent for folder in sorted(path.rglob("tokenizer.json"))]
+    # A tokenizer alone is no text encoder: converted checkpoints have one too.
+    text_folders = [file.parent for file in sorted(path.rglob("tokenizer.json")) if (file.parent / "config.json").is_file()]
     found = [file for file in found if not any(folder in file.parents for folder in text_folders)]
     if path.is_dir():
         _check_indexes(path)
+    if not found and (path / MANIFEST).is_file():
+        raise ConvertError(f"{path} is a converted checkpoint already; SOURCE is what was published")
     if not found:
         raise ConvertError(f"{path} holds no safetensors file; give the folder of the published package")
 
     ignored: dict[str, str] = {}
     main: list[TensorFile] = []
     named_upscalers: dict[str, UpscalerFile] = {}
-    for file in (*found, *upscalers):
+    given: dict[str, UpscalerFile] = {}
+    for file in upscalers:
+        upscaler = _upscaler(file, TensorFile(file))
+        if upscaler is None:
+            raise ConvertError(f"{file} is not a latent upscaler: it has no upscaler configuration or tensors")
+        _add_upscaler(given, upscaler)
+    for file in found:
         opened = TensorFile(file)
         upscaler = _upscaler(file, opened)
-        if upscaler is not None:
-            if upscaler.component in named_upscalers:
-                other = named_upscalers[upscaler.component].path
-                raise ConvertError(f"{other} and {file} are both a {upscaler.component}; keep one")
-            named_upscalers[upscaler.component] = upscaler
-        elif file in upscalers:
-            raise ConvertError(f"{file} is not a latent upscaler: it has no upscaler configuration or tensors")
+        if upscaler is not None and upscaler.component in given:
+            ignored[str(file)] = f"--upscaler gives another {upscaler.component}"
+        elif upscaler is not None:
+            _add_upscaler(named_upscalers, upscaler)
         elif any(".lora_A." in name or ".lora_B." in name for name in opened):
             ignored[str(file)] = "a LoRA: give it to generate.py with --lora"
         else:
@@ -101,32 +108,44 @@ def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path,
     elif gemma is None and text_folders:
         ignored |= {str(folder): "one of several text encoders: choose with --gemma" for folder in text_folders}
     metadata, version = _metadata(main)
+    tensors, doubled = _merge(main)
     return Source(
         path=path,
         files=tuple(file.path for file in main),
-        tensors=_merge(main),
+        tensors=tensors,
+        doubled=tuple(doubled),
         metadata=metadata,
         model_version=version,
         sidecar=find_sidecar(path) if path.is_dir() else None,
-        upscalers=named_upscalers,
+        upscalers=named_upscalers | given,
         gemma=None if gemma is None else open_gemma(gemma),
         ignored=ignored,
     )
 
 
-def _merge(files: list[TensorFile]) -> dict[str, LazyTensor]:
+def _add_upscaler(upscalers: dict[str, UpscalerFile], upscaler: UpscalerFile) -> None:
+    if upscaler.component in upscalers:
+        other = upscalers[upscaler.component].path
+        raise ConvertError(
+            f"{other} and {upscaler.path} are both a {upscaler.component}; keep one, or choose with --upscaler"
+        )
+    upscalers[upscaler.component] = upscaler
+
+
+def _merge(files: list[TensorFile]) -> tuple[dict[str, LazyTensor], list[str]]:
+    """The union of all files, and what is in two of them. Raises ConvertError for a file that only repeats another."""
     tensors: dict[str, LazyTensor] = {}
     twice = []
     for file in files:
-        for name in file:
-            if name in tensors:
-                twice.append(f"{name} in {tensors[name].path} and {file.path}")
-            tensors[name] = file[name]
-    if twice:
-        raise ConvertError(
-            f"{len(twice)} tensors are in more than one file, such as {'; '.join(twice[:3])}; give one release at a time"
-        )
-    return tensors
+        repeated = [name for name in file if name in tensors]
+        twice += [f"{name} in {tensors[name].path} and {file.path}" for name in repeated]
+        if repeated and len(repeated) == len(file):
+            raise ConvertError(
+                f"{len(repeated)} tensors are in more than one file, all of {file.path} among them, such as {twice[-1]}; "
+                "give one release at a time, as a file or a folder of its own"
+            )
+        tensors |= file
+    return tensors, twice
 
 
 def _metadata(files: list[TensorFile]) -> tuple[dict[str, Any] | None, str | None]:
@@ -182,7 +201,9 @@ def _upscaler_config(path: Path, file: TensorFile) -> dict[str, Any]:
     }
     if rational:
         if conv.shape[0] != 9 * mid:
-            raise ConvertError(f"{path} has lost its metadata, and its resampler is not the x1.5 one; download it again")
+            raise ConvertError(
+                f"{path} has lost its metadata, and its resampler is not the x1.5 one; download it again"
+            )
         config |= {"spatial_scale": 1.5, "rational_resampler": True}
     return config
 
@@ -211,10 +232,14 @@ def open_gemma(folder: Path) -> GemmaFolder:
         metadata = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ConvertError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ConvertError(f"{folder / 'config.json'} is not a JSON object; --gemma wants Gemma 3 as published")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConvertError(f"{folder} holds no safetensors file; download the weights of Gemma 3 too")
-    tensors = _merge([TensorFile(path) for path in files])
+    tensors, twice = _merge([TensorFile(path) for path in files])
+    if twice:
+        raise ConvertError(f"{len(twice)} tensors of {folder} are there twice, such as {twice[0]}; download it again")
     skipped = tuple(name for name in tensors if any(fnmatch(name, pattern) for pattern in SKIP))
     text = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     for prefix in TEXT_PREFIXES:

@@ -5,14 +5,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
+from math import prod
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from flax import nnx
 
 from convert.files import ConvertError, Source
 from convert.mapping import Plan, flatten, plan, source_name
 from convert.tables import MAIN, SKIP, component_of, table_of
 from hlwq_jax import LazyTensor, Package, StoredWeight, read_package
+from hlwq_jax.format import refuse_look_alikes
 from ltx_jax.abstract import abstract
 from ltx_jax.checkpoint import MODELS, Configs, parameter_shapes
 from ltx_jax.config import ConfigError
@@ -20,6 +24,7 @@ from ltx_jax.models.upscaler import LatentUpscaler
 from ltx_jax.presets import LTX_2_3, NUM_HIDDEN_STATES
 
 PREFIX = "model.diffusion_model."
+_DTYPES = tuple(np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32))  # of plain weights
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Expected:
             yield prefix + name, Target(component, path, rule.pattern, published, linear)
 
     @cached_property
-    def matrices(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what can be quantised: everything with at least two axes."""
-        return {name: target.shape for name, target in self.targets.items() if len(target.shape) >= 2}
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Every tensor as the matrix that a packer makes of it: rows of the first axis, the others joined."""
+        return {name: (target.shape[0], prod(target.shape[1:])) for name, target in self.targets.items() if target.shape}
 
     @property
     def linear_names(self) -> dict[str, str]:
@@ -95,6 +100,7 @@ class Inventory:
     plans: Mapping[str, Plan]
     skipped: tuple[str, ...]
     strangers: tuple[str, ...]  # names of no model
+    doubled: tuple[str, ...]  # there twice, by name and files
 
     @property
     def missing(self) -> list[str]:
@@ -109,10 +115,20 @@ class Inventory:
     def problems(self) -> list[str]:
         """Everything besides missing tensors that stands in the way, one line each."""
         lines = [f"unknown tensor: {name}" for name in self.strangers]
+        lines += [f"twice: {text}" for text in self.doubled]
         for component, found in self.plans.items():
-            lines += [f"unknown tensor of {component}: {name}" for name in found.unknown]
+            prefix = table_of(component, self.expected.configs.upscalers)[0]
+            lines += [f"unknown tensor of {component}: {prefix}{name}" for name in found.unknown]
             lines += [f"twice: {text}" for text in found.doubled]
-            lines += [f"wrong shape: {text}" for text in found.misshaped]
+            lines += [f"wrong shape: {prefix}{text}" for text in found.misshaped]
+        groups = [self.plain, *(upscaler.tensors for upscaler in self.source.upscalers.values())]
+        groups += [] if self.source.gemma is None else [self.source.gemma.tensors]
+        lines += [
+            f"wrong type: {name} is {tensor.dtype}, weights must be {', '.join(map(str, _DTYPES))}"
+            for tensors in groups
+            for name, tensor in tensors.items()
+            if tensor.dtype not in _DTYPES and name not in self.strangers
+        ]
         return lines
 
 
@@ -124,27 +140,39 @@ def take_inventory(source: Source) -> Inventory:
     else:
         metadata, origin = LTX_2_3, "built-in LTX-2.3 (the files have lost their configuration)"
     metadata = _with_registers(metadata, source)
-    configs = Configs.from_metadata(
-        metadata,
-        None if source.gemma is None else source.gemma.metadata,
-        {name: upscaler.metadata for name, upscaler in source.upscalers.items()},
-        num_hidden_states=num_hidden_states,
-    )
+    try:
+        configs = Configs.from_metadata(
+            metadata,
+            None if source.gemma is None else source.gemma.metadata,
+            {name: upscaler.metadata for name, upscaler in source.upscalers.items()},
+            num_hidden_states=num_hidden_states,
+        )
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ConvertError(
+            f"the configuration of {source.path} is not that of LTX-2.3: {type(error).__name__}: {error}"
+        ) from error
     expected = Expected(configs)
     if source.metadata is None:
         _refuse_misfits(source, expected)
     _check_text_encoder(configs, num_hidden_states)
+    _check_upscalers(configs)
 
-    package, weights, plain = None, {}, dict(source.tensors)
-    if any(name not in expected.targets and not _is_skipped(name) for name in source.tensors):
-        found = read_package(source.tensors, sidecar=source.sidecar, model_shapes=expected.matrices)
-        if found.weights:
-            package, weights, plain = found, dict(found.weights), dict(found.plain)
+    refuse_look_alikes(source.tensors)
+    package, weights, found = None, {}, source.tensors
+    if any(tensor.dtype in (np.uint8, np.int8) for tensor in source.tensors.values()):
+        package = read_package(source.tensors, sidecar=source.sidecar, model_shapes=expected.matrices)
+        weights, found = package.weights, package.plain
+    doubled, plain = list(source.doubled), {}
+    for name, tensor in found.items():
+        full = _full_name(name, expected)
+        if full in weights or full in plain:
+            doubled.append(f"{full}, once as {name}")
+        plain[full] = tensor
     shapes = {name: tensor.shape for name, tensor in plain.items()}
     for name, weight in weights.items():
         shapes[name] = (weight.out_features or 0, weight.in_features or 0)
         target = expected.targets.get(name)
-        if target is not None and len(target.shape) != 2:
+        if target is not None and shapes[name] == expected.matrices[name]:
             shapes[name] = target.shape  # a convolution packed as a matrix is unpacked to its own shape
 
     by_component: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
@@ -177,11 +205,19 @@ def take_inventory(source: Source) -> Inventory:
         plans=plans,
         skipped=tuple(skipped),
         strangers=tuple(strangers),
+        doubled=tuple(doubled),
     )
 
 
 def _is_skipped(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in SKIP)
+
+
+def _full_name(name: str, expected: Expected) -> str:
+    """The published name of a plain tensor, also where a package left the prefix, or a part of it, out."""
+    if name in expected.targets:
+        return name
+    return next((p + name for p in (PREFIX, "model.") if p + name in expected.targets), name)
 
 
 def _find(source: Source, name: str) -> LazyTensor | None:
@@ -223,11 +259,21 @@ def _check_text_encoder(configs: Configs, num_hidden_states: int) -> None:
         )
 
 
+def _check_upscalers(configs: Configs) -> None:
+    for name, upscaler in configs.upscalers.items():
+        if upscaler.in_channels != configs.video_vae.latent_channels:
+            raise ConvertError(
+                f"{name} is for latents of {upscaler.in_channels} channels, this checkpoint's have "
+                f"{configs.video_vae.latent_channels}; take it out, or give the one that belongs to it"
+            )
+
+
 def _refuse_misfits(source: Source, expected: Expected) -> None:
     """Raises ConfigError if plain tensors do not have the shapes of the built-in configuration."""
+    named = [(_full_name(name, expected), tensor) for name, tensor in source.tensors.items()]
     misfits = [
         f"{name} is {list(tensor.shape)}, LTX-2.3 has {list(expected.targets[name].shape)}"
-        for name, tensor in source.tensors.items()
+        for name, tensor in named
         if name in expected.targets and tensor.shape != expected.targets[name].shape
     ]
     if misfits:

@@ -7,6 +7,7 @@ ours. `{n}` and `{m}` stand for numbers and are the same on both sides. Order ne
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Union
 
 Table = Mapping[str, tuple[str, Union[str, "Table"]]]
@@ -19,6 +20,12 @@ CONV3D: Table = {"weight": ("kernel", "o i t h w -> t h w i o"), "bias": ("bias"
 GROUP_NORM: Table = {"weight": ("scale", "d -> d"), "bias": ("bias", "d -> d")}
 
 
+@cache
+def _regex(source: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", source)
+    return re.compile("".join(rf"(?P<{p}>\d+)" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+
+
 @dataclass(frozen=True)
 class Rule:
     """One flattened row of a table: `source` and `target` may hold `{n}`, `{m}`."""
@@ -29,9 +36,7 @@ class Rule:
 
     def match(self, name: str) -> str | None:
         """Our name for the published `name`, or None if this rule does not speak of it."""
-        parts = re.split(r"\{(\w+)\}", self.source)
-        regex = "".join(rf"(?P<{p}>\d+)" if i % 2 else re.escape(p) for i, p in enumerate(parts))
-        found = re.fullmatch(regex, name)
+        found = _regex(self.source).fullmatch(name)
         return self.target.format(**found.groupdict()) if found else None
 
     def shape(self, source_shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -60,9 +60,7 @@ class Report:
         return not (self.missing or self.problems)
 
 
-def inspect(
-    source: str | Path, *, gemma: str | Path | None = None, upscalers: Iterable[str | Path] = ()
-) -> Report:
+def inspect(source: str | Path, *, gemma: str | Path | None = None, upscalers: Iterable[str | Path] = ()) -> Report:
     """Reads headers and a sample of codes of a source; never a whole payload. Raises as `convert` does."""
     opened = open_source(
         Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
@@ -95,7 +93,9 @@ def make_report(inventory: Inventory) -> Report:
         skipped=inventory.skipped,
         ignored=source.ignored,
         warnings=() if inventory.package is None else inventory.package.warnings,
-        missing=tuple(group_missing(missing, linears_per_block=len(linears) // expected.configs.transformer.num_layers)),
+        missing=tuple(
+            group_missing(missing, linears_per_block=len(linears) // expected.configs.transformer.num_layers)
+        ),
         num_missing=len(missing),
         problems=tuple(inventory.problems),
     )
@@ -150,7 +150,13 @@ def group_missing(names: Iterable[str], *, linears_per_block: int) -> list[str]:
             runs.append((number, number, blocks[number]))
     for first, last, lacking in runs:
         where = f"transformer_blocks {first}" + (f"-{last}" if last > first else "")
-        linears = sorted(name for name in lacking if name.endswith(".weight") and _is_big_linear(f"{PREFIX}transformer_blocks.0.{name}") and "norm" not in name)
+        linears = sorted(
+            name
+            for name in lacking
+            if name.endswith(".weight")
+            and _is_big_linear(f"{PREFIX}transformer_blocks.0.{name}")
+            and "norm" not in name
+        )
         rest = sorted(lacking - set(linears))
         what = []
         if linears:

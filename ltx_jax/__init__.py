@@ -23,4 +23,3 @@ __all__ = [
     "load_pipeline",
     "save_mp4",
 ]
-

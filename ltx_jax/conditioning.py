@@ -103,9 +103,7 @@ def append_keyframe(
 ) -> LatentState:
     """Appends an image's tokens, placed at pixel frame `frame`, for the generated tokens to attend to."""
     tokens = patchify_video(latents).astype(state.initial.dtype)
-    positions = keyframe_positions(
-        (grid.latent_height, grid.latent_width), frame=frame, fps=grid.fps, scale=grid.scale
-    )
+    positions = keyframe_positions((grid.latent_height, grid.latent_width), frame=frame, fps=grid.fps, scale=grid.scale)
     kept = jnp.full((1, tokens.shape[1]), 1 - strength, jnp.float32)
     return replace(
         state,

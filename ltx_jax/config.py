@@ -240,9 +240,7 @@ class GemmaConfig:
                 "final_logit_softcapping": None,
             },
         )
-        hidden, intermediate, layers = _need(
-            "Gemma", text, "hidden_size", "intermediate_size", "num_hidden_layers"
-        )
+        hidden, intermediate, layers = _need("Gemma", text, "hidden_size", "intermediate_size", "num_hidden_layers")
         # The published config of the 12 B model leaves out what equals the defaults of the library it was written by.
         heads = text.get("num_attention_heads", 8)
         pattern = text.get("sliding_window_pattern", 6)

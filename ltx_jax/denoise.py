@@ -32,8 +32,8 @@ class Pair(NamedTuple):
 class Prompt:
     """The two contexts of one prompt."""
 
-    video: Context
-    audio: Context
+    video: Float[Array, "1 keys video_dim"]
+    audio: Float[Array, "1 keys audio_dim"]
 
 
 class Scales(NamedTuple):

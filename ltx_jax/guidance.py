@@ -78,7 +78,9 @@ def keep_masks(passes: tuple[str, ...], video: Guidance, audio: Guidance, num_la
         for keep, guidance in ((video_self, video), (audio_self, audio)):
             for block in guidance.stg_blocks if guidance.stg_scale != 0 else ():
                 if not 0 <= block < num_layers:
-                    raise ValueError(f"stg_blocks names block {block}; the transformer has blocks 0 to {num_layers - 1}")
+                    raise ValueError(
+                        f"stg_blocks names block {block}; the transformer has blocks 0 to {num_layers - 1}"
+                    )
                 keep[block, row] = 0
     if "isolated" in passes:
         cross[:, 1 + passes.index("isolated")] = 0

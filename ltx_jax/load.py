@@ -2,12 +2,11 @@
 
 import re
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hlwq_jax import QuantizedLinear, replace_linears
@@ -57,7 +56,9 @@ def load_component(folder: Path, manifest: Manifest, component: str, *, dtype: A
     replaced = replace_linears(model, packed)
     unplaced = set(quantized) - {".".join(map(str, path)) for path in replaced}
     if unplaced:
-        raise CheckpointError(f"{folder}: the manifest packs linears that {component} does not have: {sorted(unplaced)[:5]}")
+        raise CheckpointError(
+            f"{folder}: the manifest packs linears that {component} does not have: {sorted(unplaced)[:5]}"
+        )
     lists = _stack_in_place(model) if component in LAYERED else {}
 
     arrays = _Arrays(model, component)
@@ -106,9 +107,10 @@ class _Arrays:
         self.flat = dict(nnx.to_flat_state(state))
         self.paths = {".".join(map(str, path)): path for path in self.flat}
         self.filled: dict[str, set[int | None]] = defaultdict(set)
-        self.arrays: dict[str, jax.Array] = {}
+        self.arrays: dict[str, np.ndarray] = {}
 
-    def put(self, name: str, index: int | None, array: Any, dtype: Any) -> None:
+    def put(self, name: str, index: int | None, array: np.ndarray, dtype: Any) -> None:
+        """Takes a whole array, or one layer's slice of a stacked one."""
         if name not in self.paths:
             raise CheckpointError(f"{self.component}: the checkpoint has an array {name} that the model does not know")
         variable = self.flat[self.paths[name]]
@@ -118,21 +120,18 @@ class _Arrays:
             raise CheckpointError(f"{self.component}: {name} has shape {shape}, the model needs {expected}")
         if dtype is not None and isinstance(variable, nnx.Param) and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(dtype)
-        array = jnp.asarray(array)
         if index is None:
             self.arrays[name] = array
         else:
-            if name not in self.arrays:
-                self.arrays[name] = jnp.zeros(expected, array.dtype)
-            elif self.arrays[name].dtype != array.dtype:
+            stack = self.arrays.setdefault(name, np.zeros(expected, array.dtype))
+            if stack.dtype != array.dtype:
                 # Layers may be stored in different precisions; a stack has one, the widest.
-                wide = jnp.promote_types(self.arrays[name].dtype, array.dtype)
-                self.arrays[name] = self.arrays[name].astype(wide)
-                array = array.astype(wide)
-            self.arrays[name] = _set_layer(self.arrays[name], array, index)
+                stack = self.arrays[name] = stack.astype(jnp.promote_types(stack.dtype, array.dtype))
+            stack[index] = array
         self.filled[name].add(index)
 
     def merge(self) -> nnx.Module:
+        """The model on the device; each array leaves the host as it goes. Raises CheckpointError if any is missing."""
         missing = [
             name
             for name, path in self.paths.items()
@@ -144,10 +143,5 @@ class _Arrays:
                 f"{self.component}: {len(missing)} parameters are not in the checkpoint, among them {missing[:5]}"
             )
         for name, path in self.paths.items():
-            self.flat[path] = self.flat[path].replace(self.arrays[name])
+            self.flat[path] = self.flat[path].replace(jnp.asarray(self.arrays.pop(name)))
         return nnx.merge(self.graphdef, nnx.from_flat_state(self.flat))
-
-
-@partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)

@@ -7,7 +7,6 @@ ltx_core/loader (`W + strength * B A`, no alpha).
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +42,7 @@ class LoraLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch in_features"]) -> Float[Array, "*batch out_features"]:
         adapters = [
-            (a.get_value(), b.get_value(), s.get_value())
-            for a, b, s in zip(self.a, self.b, self.strength, strict=True)
+            (a.get_value(), b.get_value(), s.get_value()) for a, b, s in zip(self.a, self.b, self.strength, strict=True)
         ]
         if x.dtype == jnp.float32:
             weight = self.base.kernel.get_value().T if isinstance(self.base, nnx.Linear) else self.base.dequantize()
@@ -150,5 +148,3 @@ def _gather(
         a_all[layer, : a.shape[0]] = np.asarray(a)
         b_all[layer, :, : b.shape[1]] = np.asarray(b)
     return jnp.asarray(a_all), jnp.asarray(b_all), jnp.full((stack.num_layers,), strength, jnp.float32)
-
-

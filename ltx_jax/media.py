@@ -132,7 +132,9 @@ def write_mp4(
             planes = np.ascontiguousarray(np.clip(waveform, -1, 1).T.astype(np.float32))
             sound = av.AudioFrame.from_ndarray(planes, format="fltp", layout=audio.layout.name)
             sound.sample_rate, sound.pts, sound.time_base = sample_rate_hz, 0, Fraction(1, sample_rate_hz)
-            for chunk in av.AudioResampler(format="fltp", layout=audio.layout.name, rate=sample_rate_hz).resample(sound):
+            for chunk in av.AudioResampler(format="fltp", layout=audio.layout.name, rate=sample_rate_hz).resample(
+                sound
+            ):
                 container.mux(audio.encode(chunk))
             container.mux(audio.encode())
 

@@ -36,7 +36,7 @@ from ltx_jax.load import load_component, load_configs
 from ltx_jax.lora import add_loras
 from ltx_jax.media import check_writable, fit_image, read_image, recompress, to_uint8, write_mp4
 from ltx_jax.models.upscaler import upscale
-from ltx_jax.sampling import euler
+from ltx_jax.sampling import Sigmas, euler
 from ltx_jax.settings import Settings
 from ltx_jax.text import load_tokenizer, text_contexts, text_hidden_states, tokenize
 from ltx_jax.tiling import TileSize, decode_tiled
@@ -76,8 +76,8 @@ class ImageCondition:
 class Latents:
     """What denoising gives: normalised latents of both modalities."""
 
-    video: VideoLatents
-    audio: AudioLatents
+    video: Float[Array, "1 frames height width video_channels"]
+    audio: Float[Array, "1 time bins audio_channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +166,11 @@ class Pipeline:
     def encode_prompt(self, text: str) -> Prompt:
         """The contexts of a prompt. Warns if it is too long, with what was cut off."""
         token_ids, mask = tokenize(self.tokenizer, [text])
+        gemma, connectors = self.model("gemma"), self.model("connectors")
         with self.progress.stage("encode prompt", 2) as advance, jax.default_matmul_precision(self.precision):
-            hidden_states = text_hidden_states(self.model("gemma"), token_ids, mask, dtype=self.dtype)
+            hidden_states = text_hidden_states(gemma, token_ids, mask, dtype=self.dtype)
             advance()
-            contexts = text_contexts(self.model("connectors"), hidden_states, mask)
+            contexts = text_contexts(connectors, hidden_states, mask)
             advance()
         return Prompt(video=contexts.video, audio=contexts.audio)
 
@@ -188,7 +189,7 @@ class Pipeline:
         noise: Pair,
         prompt: Prompt,
         *,
-        sigmas: Sequence[float] | np.ndarray,
+        sigmas: Sigmas,
         noise_scale: float = 1.0,
         negative: Prompt | None = None,
         guidance: tuple[Guidance, Guidance] | None = None,
@@ -203,6 +204,7 @@ class Pipeline:
                 for state, n in zip(states, noise, strict=True)
             )
         )
+        transformer = self.model("transformer")
         with self.progress.stage(stage, len(sigmas) - 1) as advance:
 
             def after_call(step: int, sigma: float, tokens: Pair, denoised: Pair) -> None:
@@ -212,7 +214,7 @@ class Pipeline:
                 advance()
 
             predict = Denoiser(
-                self.model("transformer"),
+                transformer,
                 states,
                 prompt,
                 negative=negative,
@@ -244,11 +246,13 @@ class Pipeline:
 
     def decode_audio(self, latents: AudioLatents) -> Float[np.ndarray, "samples 2"]:
         """The waveform of a clip, at `sample_rate_hz` of the vocoder."""
-        with self.progress.stage("decode audio", 2) as advance, jax.default_matmul_precision(self.precision):
-            mel = _decode_mel(self.model("audio_vae"), latents)
+        vae, vocoder = self.model("audio_vae"), self.model("vocoder")
+        with self.progress.stage("decode audio", 2) as advance:
+            with jax.default_matmul_precision(self.precision):
+                mel = _decode_mel(vae, latents)
             advance()
             with jax.default_matmul_precision("highest"):  # the vocoder is not stable in less
-                waveform = np.asarray(_vocode(self.model("vocoder"), mel))[0]
+                waveform = np.asarray(_vocode(vocoder, mel))[0]
             advance()
         return waveform
 
@@ -292,11 +296,12 @@ class Pipeline:
         settings: Settings,
         *,
         prompt: Prompt | None = None,
+        negative: Prompt | None = None,
         image: Image | None = None,
         noise: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
     ) -> Latents:
-        """The latents of a clip. `prompt`, `image` and `noise` take the place of those that `settings` name.
+        """The latents of a clip. What is given beside `settings` takes the place of what they name.
 
         `callback(stage, step, sigma, tokens, denoised)` is called after every model call. Raises ValueError for sizes,
         steps, frames or noise that do not fit, naming what would; CheckpointError where a model is not there.
@@ -306,16 +311,13 @@ class Pipeline:
             image = read_image(settings.image)
         images = []
         if image is not None:
-            images.append(
-                ImageCondition(image=image, strength=settings.image_strength, crf=settings.image_crf)
-            )
+            images.append(ImageCondition(image=image, strength=settings.image_strength, crf=settings.image_crf))
         if noise is None and settings.noise is not None:
             noise = read_noise(settings.noise)
         guidance = settings.guidance(self.configs.transformer.num_layers)
         source = _Noise(settings.seed, noise, self.dtype)
         positive = prompt or self.encode_prompt(settings.prompt)
-        negative = None
-        if guidance is not None and any(g.cfg_scale != 1 for g in guidance):
+        if negative is None and self.needs_negative(settings):
             negative = self.encode_prompt(settings.negative_prompt)
 
         two_stages = settings.num_stages == 2
@@ -348,6 +350,11 @@ class Pipeline:
         refined = self._latents(tokens, grid)
         # A guided first stage has the better sound; the distilled one gains from the second.
         return refined if guidance is None else replace(refined, audio=latents.audio)
+
+    def needs_negative(self, settings: Settings) -> bool:
+        """Whether the settings ask for a pass with the negative prompt."""
+        guidance = settings.guidance(self.configs.transformer.num_layers)
+        return guidance is not None and any(g.cfg_scale != 1 for g in guidance)
 
     def check(self, settings: Settings) -> tuple[VideoGrid, VideoGrid]:
         """The grids of the first and the last stage. Raises what `generate_latents` raises, before any work."""

@@ -20,6 +20,7 @@ from scipy.stats import beta as beta_distribution
 
 Tokens = Float[Array, "batch tokens channels"]
 Tree = Any  # a pytree of tokens
+Sigmas = Sequence[float] | np.ndarray  # falling noise levels
 Predict = Callable[[int, float, Tree], Tree]
 Noise = Callable[[Tree], Tree]  # fresh standard normal noise, shaped like its argument
 
@@ -59,9 +60,7 @@ def _linspace_down(num_steps: int) -> np.ndarray:
     return levels.astype(np.float32)
 
 
-def linear_quadratic_sigmas(
-    num_steps: int, *, threshold: float = 0.025, linear_steps: int | None = None
-) -> np.ndarray:
+def linear_quadratic_sigmas(num_steps: int, *, threshold: float = 0.025, linear_steps: int | None = None) -> np.ndarray:
     """Linear noise down to `1 - threshold` in the first (half of the) steps, quadratic from there to 0."""
     linear_steps = num_steps // 2 if linear_steps is None else linear_steps
     if num_steps < 2 or linear_steps < 1:
@@ -159,7 +158,7 @@ def res2s_coefficients(h: float, c2: float = 0.5) -> tuple[float, float, float]:
 # -------------------------------------------------------------------- samplers
 
 
-def euler(predict: Predict, tokens: Tree, sigmas: Sequence[float]) -> Tree:
+def euler(predict: Predict, tokens: Tree, sigmas: Sigmas) -> Tree:
     """Straight steps: one model call each."""
     for step, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
         denoised = predict(step, sigma, tokens)
@@ -167,7 +166,7 @@ def euler(predict: Predict, tokens: Tree, sigmas: Sequence[float]) -> Tree:
     return tokens
 
 
-def gradient_estimating_euler(predict: Predict, tokens: Tree, sigmas: Sequence[float], *, gamma: float = 2.0) -> Tree:
+def gradient_estimating_euler(predict: Predict, tokens: Tree, sigmas: Sigmas, *, gamma: float = 2.0) -> Tree:
     """Euler whose velocity is extrapolated from the previous one; the last step takes the estimate itself.
 
     Source: Permenter and Yuan, https://arxiv.org/abs/2306.04848.
@@ -190,9 +189,7 @@ def gradient_estimating_euler(predict: Predict, tokens: Tree, sigmas: Sequence[f
     return tokens
 
 
-def ancestral_euler(
-    predict: Predict, tokens: Tree, sigmas: Sequence[float], *, noise: Noise, eta: float = 1.0
-) -> Tree:
+def ancestral_euler(predict: Predict, tokens: Tree, sigmas: Sigmas, *, noise: Noise, eta: float = 1.0) -> Tree:
     """Euler with fresh noise at every step."""
     for step, (sigma, sigma_next) in enumerate(pairwise(map(float, sigmas))):
         denoised = predict(step, sigma, tokens)
@@ -205,7 +202,7 @@ def ancestral_euler(
     return tokens
 
 
-def res_2s(predict: Predict, tokens: Tree, sigmas: Sequence[float], *, noise: Noise, eta: float = 0.5) -> Tree:
+def res_2s(predict: Predict, tokens: Tree, sigmas: Sigmas, *, noise: Noise, eta: float = 0.5) -> Tree:
     """Second-order exponential integrator with two model calls a step and fresh noise at both; the HQ sampler.
 
     All of it in float64 numpy, as in the reference. When the sigmas end in 0 the last step goes to 0.0011 instead,

@@ -71,7 +71,9 @@ class Release:
         self.gemma = next((path for path in folders if (path / "tokenizer.json").is_file()), None)
         packages = [path for path in folders if path.name not in named and path != self.gemma]
         if len(packages) != 1:
-            raise ValueError(f"{directory} must hold one package beside reference, lora and the text encoder; {packages}")
+            raise ValueError(
+                f"{directory} must hold one package beside reference, lora and the text encoder; {packages}"
+            )
         self.package = packages[0]
         self.loras = sorted((directory / "lora").glob("*.safetensors"))
         self.pipelines: dict[tuple, Pipeline] = {}
@@ -138,7 +140,9 @@ class Release:
         note = f"of the largest weight; {len(facts)} matrices, {equal} bit for bit"
         for kind, error in errors.items():
             tolerance = WEIGHT_TOLERANCE if kind == "corner" else SUM_TOLERANCE
-            rows.append(Row(case=f"dequantised/{kind}", error=error, tolerance=tolerance, ok=error <= tolerance, note=note))
+            rows.append(
+                Row(case=f"dequantised/{kind}", error=error, tolerance=tolerance, ok=error <= tolerance, note=note)
+            )
         return rows
 
     # -------------------------------------------------------------------- text
@@ -161,9 +165,7 @@ class Release:
             if f"out.{name}.hidden_states" in reference:
                 theirs = reference[f"out.{name}.hidden_states"]
                 ours = np.asarray(hidden[:, 0])
-                rows.append(
-                    compare(f"text/{name} hidden states", ours[:, mask], theirs[:, mask], HIDDEN_TOLERANCE)
-                )
+                rows.append(compare(f"text/{name} hidden states", ours[:, mask], theirs[:, mask], HIDDEN_TOLERANCE))
             contexts = text_contexts(pipe.model("connectors"), hidden, ours_mask)
             for modality, ours in (("video", contexts.video), ("audio", contexts.audio)):
                 theirs = reference[f"out.{name}.{modality}_context"]
@@ -291,7 +293,9 @@ class Judge:
 
     def __init__(self, stem: str, reference: Reference, info: dict, dtype: str):
         self.stem, self.reference = stem, reference
-        self.rms = {k: v["rms"] for k, v in info.get("difference_from_float32", {}).items()} if dtype != "float32" else None
+        self.rms = (
+            {k: v["rms"] for k, v in info.get("difference_from_float32", {}).items()} if dtype != "float32" else None
+        )
         self.found: dict[str, list[Row]] = {}
 
     def add(self, key: str, ours: Any, tolerance: float, group: str) -> None:
@@ -315,7 +319,10 @@ class Judge:
 
     def latents(self, prefix: str, latents: Latents, suffix: str = "") -> None:
         group = f"{prefix.removeprefix('out.').replace('_', ' ')}latents{suffix.replace('_', ' ')}"
-        video, audio = rearrange(latents.video, "b f h w c -> b c f h w"), rearrange(latents.audio, "b t n c -> b c t n")
+        video, audio = (
+            rearrange(latents.video, "b f h w c -> b c f h w"),
+            rearrange(latents.audio, "b t n c -> b c t n"),
+        )
         self.add(f"{prefix}video_latent{suffix}", video, RUN_TOLERANCE, group)
         self.add(f"{prefix}audio_latent{suffix}", audio, RUN_TOLERANCE, group)
 

@@ -48,7 +48,7 @@ def _positions(models: Models, reference: Reference, name: str) -> np.ndarray | 
         return np.asarray(keyframe_positions((height, width), frame=int(found[1]), fps=fps, scale=scale))
     if found := re.fullmatch(r"reference\.down(\d+)\.time(\d+)", name):
         grid = _latent_grid(reference[f"positions.{name}"])
-        down, stretch = map(int, found.groups())
+        down, stretch = map(float, found.groups())
         return np.asarray(video_positions(grid, fps=fps, scale=scale, downscale=down, time_stretch=stretch))
     return None
 

@@ -41,5 +41,3 @@ def codes(package) -> list[Path]:
 @pytest.fixture
 def kept(package) -> Path:
     return package / "polarquant/bf16/ltx23_bf16.safetensors"
-
-

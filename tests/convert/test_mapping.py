@@ -1,6 +1,5 @@
 """Tables, rules and plans."""
 
-
 from convert.mapping import LINEAR, Rule, flatten, plan, source_name
 from convert.tables import MAIN, SKIP, component_of
 from convert.tables.transformer import TRANSFORMER

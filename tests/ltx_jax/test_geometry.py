@@ -25,7 +25,6 @@ from tests.conftest import DATA
 AUDIO = AudioVAEConfig.from_metadata(json.loads((DATA / "ltx/config.json").read_text())["audio_vae"])
 
 
-
 def test_every_position_set_equals_the_reference(reference):
     data = reference("rope")
     for name in (name for name in data if name.startswith("positions.")):

@@ -54,9 +54,7 @@ def test_float32_gives_what_bfloat16_fusion_gives(tmp_path, stacked, packed):
     model = bfloat16_weights(Wrapped())
     if packed:
         quantize_linears(model)
-    weights = [
-        block.proj.dequantize().T if packed else block.proj.kernel.get_value() for block in model.blocks
-    ]
+    weights = [block.proj.dequantize().T if packed else block.proj.kernel.get_value() for block in model.blocks]
     path = write(tmp_path / "a.safetensors", [0, 2])  # block 1 has none
     factors = read_lora(path)
     if stacked:
@@ -107,11 +105,7 @@ def test_files_that_do_not_belong_are_refused(tmp_path):
         add(write(tmp_path / "a.safetensors", [0, 7]))
     narrow = jnp.zeros((4, 64), jnp.bfloat16)
     with pytest.raises(LoraError, match="maps 64 to 128 channels"):
-        add(
-            write(
-                tmp_path / "b.safetensors", [0], **{"diffusion_model.transformer_blocks.0.ff.lora_A.weight": narrow}
-            )
-        )
+        add(write(tmp_path / "b.safetensors", [0], **{"diffusion_model.transformer_blocks.0.ff.lora_A.weight": narrow}))
     other_rank = jnp.zeros((5, 128), jnp.bfloat16)
     with pytest.raises(LoraError, match="different rank"):
         add(
