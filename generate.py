@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -71,10 +72,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
     path, strength = text, 1.0
     head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
-        try:
+        with suppress(ValueError):  # a colon within the name
             path, strength = head, float(tail)
-        except ValueError:
-            pass  # a colon within the name
     if not Path(path).is_file():
         raise UsageError(f"there is no LoRA file at {path}; give --lora PATH or --lora PATH:STRENGTH")
     return Path(path), strength
@@ -99,7 +98,9 @@ def read_clip_json(path: Path) -> dict[str, Any]:
 def arguments_from(content: dict[str, Any]) -> dict[str, Any]:
     """The defaults that a clip's .json gives to the arguments."""
     known = {f.name for f in fields(Settings)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items() if k in known}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items() if k in known
+    }
     for name in ("image", "noise"):
         if values.get(name) is not None:
             values[name] = Path(values[name])

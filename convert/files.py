@@ -73,7 +73,9 @@ def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path,
         raise ConvertError(f"there is nothing at {path}; give a package folder or a checkpoint file")
     found = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     # A tokenizer alone is no text encoder: converted checkpoints have one too.
-    text_folders = [file.parent for file in sorted(path.rglob("tokenizer.json")) if (file.parent / "config.json").is_file()]
+    text_folders = [
+        file.parent for file in sorted(path.rglob("tokenizer.json")) if (file.parent / "config.json").is_file()
+    ]
     found = [file for file in found if not any(folder in file.parents for folder in text_folders)]
     if path.is_dir():
         _check_indexes(path)
@@ -141,8 +143,8 @@ def _merge(files: list[TensorFile]) -> tuple[dict[str, LazyTensor], list[str]]:
         twice += [f"{name} in {tensors[name].path} and {file.path}" for name in repeated]
         if repeated and len(repeated) == len(file):
             raise ConvertError(
-                f"{len(repeated)} tensors are in more than one file, all of {file.path} among them, such as {twice[-1]}; "
-                "give one release at a time, as a file or a folder of its own"
+                f"{len(repeated)} tensors are in more than one file, all of {file.path}, such as {twice[-1]}; give one "
+                "release at a time, as a file or a folder of its own"
             )
         tensors |= file
     return tensors, twice

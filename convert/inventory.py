@@ -65,7 +65,9 @@ class Expected:
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Every tensor as the matrix that a packer makes of it: rows of the first axis, the others joined."""
-        return {name: (target.shape[0], prod(target.shape[1:])) for name, target in self.targets.items() if target.shape}
+        return {
+            name: (target.shape[0], prod(target.shape[1:])) for name, target in self.targets.items() if target.shape
+        }
 
     @property
     def linear_names(self) -> dict[str, str]:

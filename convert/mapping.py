@@ -1,4 +1,4 @@
-"""Published names to ours: a nested table is read as rules, and a plan uses every tensor once, fills every parameter once.
+"""Published names to ours: a nested table is read as rules; a plan uses every tensor and fills every parameter once.
 
 A table maps a published name to `(our name, what lies below)`; a leaf is an einops pattern from the published axes to
 ours. `{n}` and `{m}` stand for numbers and are the same on both sides. Order never matters.

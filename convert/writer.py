@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from convert.inventory import Inventory, take_inventory
 from convert.mapping import Step
 from convert.report import Report, make_report, to_text
 from convert.tables import table_of
-from hlwq_jax import LazyTensor, StoredWeight
-from ltx_jax.checkpoint import MANIFEST, TOKENIZER, Manifest, QuantizedShape, part_of
+from hlwq_jax import LazyTensor, StoredWeight, plane_widths
+from ltx_jax.checkpoint import MANIFEST, MODELS, TOKENIZER, Manifest, QuantizedShape, part_of
 from ltx_jax.orbax_io import save
-from ltx_jax.text import load_tokenizer
+from ltx_jax.text import TextError, load_tokenizer
 
 MARKER = ".converting.json"  # says that a folder is an unfinished conversion of ours
+WORKING = ".converting"  # the unfinished conversion inside a DEST that was there before
+SHOWN = 100  # problems told in full; `inspect --json` tells all
+_SLICED, _SLICE_ROWS = 2**20, 256  # bytes; transposing by slices took a third of the time of the whole at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -46,7 +50,7 @@ def convert(
     ConvertError, FormatError or ConfigError for a source that is short, damaged or foreign, and for a destination that
     is there already (unless `overwrite`, and only if it is a checkpoint).
     """
-    dest = Path(dest)
+    dest = Path(dest).resolve()
     opened = open_source(
         Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
     )
@@ -55,15 +59,16 @@ def convert(
     refuse_incomplete(report)
     text_length = _check_tokenizer(inventory)
     _check_dest(dest, overwrite=overwrite)
-    _check_space(dest, opened)
+    written = _bytes_written(inventory)
+    _check_space(dest, written)
     console = Console(stderr=True, quiet=not progress)
     console.print(to_text(report), highlight=False, soft_wrap=True)
-    console.print(f"writes         {dest}, about {opened.nbytes / 1e9:.3g} GB", highlight=False, soft_wrap=True)
+    console.print(f"writes         {dest}, {written / 1e9:.3g} GB", highlight=False, soft_wrap=True)
 
-    with _working_folder(dest, overwrite=overwrite) as folder, _bar(console, opened.nbytes) as advance:
-        manifest = _write(inventory, report, folder, text_length, advance)
-        (folder / MARKER).unlink()
-    return manifest
+    files = _source_files(opened)
+    total = opened.nbytes + sum(path.stat().st_size for path in files)  # converted, then read again for the digests
+    with _working_folder(dest) as folder, _bar(console, total) as advance:
+        return _write(inventory, report, folder, text_length, files, advance)
 
 
 def refuse_incomplete(report: Report) -> None:
@@ -72,7 +77,9 @@ def refuse_incomplete(report: Report) -> None:
         return
     lines = []
     if report.problems:
-        lines += [f"{len(report.problems)} tensors do not fit:", *(f"  {text}" for text in report.problems[:20])]
+        lines += [f"{len(report.problems)} tensors do not fit:", *(f"  {text}" for text in report.problems[:SHOWN])]
+        if len(report.problems) > SHOWN:
+            lines.append(f"  and {len(report.problems) - SHOWN} more: `python -m convert inspect --json` lists all")
     if report.missing:
         lines += [f"{report.num_missing} tensors are missing:", *(f"  {text}" for text in report.missing)]
         total = report.num_blocks * report.linears_per_block
@@ -86,11 +93,18 @@ def refuse_incomplete(report: Report) -> None:
 
 
 def _check_tokenizer(inventory: Inventory) -> int | None:
-    """The text length, from the tokenizer; TextError where it does not match the text encoder."""
+    """The text length, from the tokenizer; TextError where it does not match the text encoder or the connectors."""
     gemma, config = inventory.source.gemma, inventory.expected.configs.gemma
     if gemma is None or config is None:
         return None
-    return load_tokenizer(gemma.path, vocab_size=config.vocab_size).text_length
+    length = load_tokenizer(gemma.path, vocab_size=config.vocab_size).text_length
+    registers = inventory.expected.configs.connectors.video.num_registers
+    if length % registers:
+        raise TextError(
+            f"the tokenizer in {gemma.path} cuts at {length} tokens (model_max_length), but the connectors need a "
+            f"multiple of their {registers} registers; take the tokenizer that belongs to this checkpoint"
+        )
+    return length
 
 
 # ------------------------------------------------------------------ destination
@@ -101,28 +115,48 @@ def _check_dest(dest: Path, *, overwrite: bool) -> None:
         return
     if not dest.is_dir():
         raise ConvertError(f"{dest} is a file; give the name of a folder to make")
-    if not any(dest.iterdir()):
+    entries = {path.name for path in dest.iterdir()}
+    if not entries:
         return
     if (dest / MANIFEST).is_file():
         Manifest.read(dest)  # raises if it is not ours
         if overwrite:
             return
         raise ConvertError(f"{dest} is a finished checkpoint; choose another folder, or --overwrite")
+    if (dest / WORKING / MARKER).is_file() and all(name == WORKING or _is_ours(name) for name in entries):
+        return  # a conversion that was killed
     raise ConvertError(f"{dest} is not empty and was not made by convert; choose another folder")
 
 
-def _check_space(dest: Path, source: Source) -> None:
-    existing = next(parent for parent in dest.resolve().parents if parent.exists())
+def _bytes_written(inventory: Inventory) -> int:
+    groups = [inventory.plain, *(upscaler.tensors for upscaler in inventory.source.upscalers.values())]
+    groups += [] if inventory.source.gemma is None else [inventory.source.gemma.tensors]
+    total = sum(tensor.nbytes for tensors in groups for tensor in tensors.values())
+    for name, weight in inventory.weights.items():
+        target = inventory.expected.targets[name]
+        if target.linear and _holds_as_planes(weight):
+            words = sum(plane_widths(weight.num_blocks * weight.block_size, weight.bits))
+            total += target.shape[0] * (4 * words + 2 * weight.num_blocks) + 4 * 2**weight.bits
+        else:
+            total += 2 * prod(target.shape)
+    return total
+
+
+def _check_space(dest: Path, written: int) -> None:
+    existing = next(folder for folder in (dest, *dest.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    needed = int(source.nbytes * 1.02) + 2**20
+    needed = int(written * 1.02) + 2**20
     if free < needed:
         raise ConvertError(f"{existing} has {free / 1e9:.3g} GB free, the checkpoint needs {needed / 1e9:.3g} GB")
 
 
 @contextmanager
-def _working_folder(dest: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `dest` that takes its name when the block ends well, and is gone when it does not."""
-    folder = dest.with_name(f"{dest.name}.converting")
+def _working_folder(dest: Path) -> Iterator[Path]:
+    """A folder that becomes `dest` when the block ends well, and is gone when it does not.
+
+    It lies beside `dest`, or inside where `dest` is there already: that may be the root of a disk of its own.
+    """
+    folder = dest / WORKING if dest.is_dir() else dest.with_name(f"{dest.name}.converting")
     if folder.exists():
         if not (folder / MARKER).is_file():
             raise ConvertError(f"{folder} is in the way and was not made by convert; move it")
@@ -131,12 +165,31 @@ def _working_folder(dest: Path, *, overwrite: bool) -> Iterator[Path]:
     (folder / MARKER).write_text(json.dumps({"dest": str(dest)}))
     try:
         yield folder
-        if dest.exists():
-            shutil.rmtree(dest) if overwrite else dest.rmdir()
-        folder.rename(dest)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    if not dest.is_dir():
+        (folder / MARKER).unlink()
+        folder.rename(dest)
+        return
+    _remove_checkpoint(dest)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest last
+        if path.name != MARKER:
+            path.rename(dest / path.name)
+    shutil.rmtree(folder)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Removes what a conversion wrote, its manifest first, and nothing else that someone may have put beside it."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if path.is_dir() and _is_ours(path.name):
+            shutil.rmtree(path)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a folder of this name in a checkpoint is one that a conversion wrote."""
+    return name in MODELS or name == TOKENIZER or name.startswith("upscaler_")
 
 
 @contextmanager
@@ -166,6 +219,7 @@ def _write(
     report: Report,
     folder: Path,
     text_length: int | None,
+    files: list[Path],
     advance: Callable[[str, int], None],
 ) -> Manifest:
     started = time.time()
@@ -183,7 +237,7 @@ def _write(
             for step in by_part[part]:
                 name, stored = _stored(inventory, component, step.source)
                 if isinstance(stored, LazyTensor):
-                    arrays[step.target] = np.ascontiguousarray(rearrange(stored.read(), step.pattern))
+                    arrays[step.target] = _read(stored, step.pattern)
                 elif inventory.expected.targets[name].linear and _holds_as_planes(stored):
                     path = step.target.removesuffix(".kernel")
                     arrays |= {f"{path}.{key}": array for key, array in _planes(stored).items()}
@@ -214,7 +268,12 @@ def _write(
         quantized={component: layers for component, layers in quantized.items() if layers},
         linear_names=inventory.expected.linear_names,
         provenance={
-            "sources": {str(path): _digest(path) for path in _source_files(inventory.source)},
+            "sources": {str(path): _digest(path, advance) for path in files},
+            "options": {
+                "source": str(inventory.source.path),
+                "gemma": None if gemma is None else str(gemma.path),
+                "upscalers": {name: str(upscaler.path) for name, upscaler in inventory.source.upscalers.items()},
+            },
             "quantized": [asdict(group) for group in report.quantized],
             "configuration": report.configuration,
             "unpacked_to_bfloat16": unpacked,
@@ -222,11 +281,26 @@ def _write(
             "ignored": inventory.source.ignored,
             "warnings": list(report.warnings),
             "seconds": round(time.time() - started, 3),
-            "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
+            "versions": {name: _version(name) for name in ("ltx-jax", "jax", "flax", "orbax-checkpoint", "numpy")},
         },
     )
     (folder / MANIFEST).write_text(manifest.to_json() + "\n")
     return manifest
+
+
+def _read(tensor: LazyTensor, pattern: str) -> np.ndarray:
+    """A tensor with its axes moved, slice by slice: a large one is never there twice, and its pages stay in cache."""
+    left, right = (side.split() for side in pattern.split("->"))
+    if tensor.nbytes < _SLICED:
+        return np.ascontiguousarray(rearrange(tensor.read(), pattern))
+    sizes = dict(zip(left, tensor.shape, strict=True))
+    result = np.empty([sizes[axis] for axis in right], tensor.dtype)
+    rows = np.moveaxis(result, right.index(left[0]), 0)
+    moved = f"{pattern.split('->')[0]} -> {left[0]} {' '.join(axis for axis in right if axis != left[0])}"
+    for start in range(0, tensor.shape[0], _SLICE_ROWS):
+        stop = min(start + _SLICE_ROWS, tensor.shape[0])
+        rows[start:stop] = rearrange(tensor.read_rows(start, stop), moved)
+    return result
 
 
 def _stored(inventory: Inventory, component: str, source: str) -> tuple[str, LazyTensor | StoredWeight]:
@@ -269,6 +343,17 @@ def _source_files(source: Source) -> list[Path]:
     return [*source.files, *(upscaler.path for upscaler in source.upscalers.values()), *gemma]
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _digest(path: Path, advance: Callable[[str, int], None]) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+            advance("digests of the sources", len(chunk))
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return None

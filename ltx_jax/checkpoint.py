@@ -111,7 +111,9 @@ class Manifest:
             for component, layers in content["quantized"].items()
         }
         names = cls.__dataclass_fields__
-        return cls(**{k: v for k, v in content.items() if k in names} | {"quantized": quantized})
+        values: dict[str, Any] = {k: v for k, v in content.items() if k in names}
+        values["quantized"] = quantized
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,8 +149,10 @@ class Denoiser:
     def _contexts(self, state: LatentState, positive: Context, negative: Context | None):
         rows = [positive]
         for name in self.passes:
-            use_negative = name == "unconditional" and negative is not None and not state.frozen
-            rows.append(negative if use_negative else positive)
+            if name == "unconditional" and negative is not None and not state.frozen:
+                rows.append(negative)
+            else:
+                rows.append(positive)
         return jnp.concatenate(rows).astype(state.initial.dtype)
 
     def __call__(self, step: int, sigma: float, tokens: Pair) -> Pair:

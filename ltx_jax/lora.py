@@ -35,7 +35,7 @@ class LoraLinear(nnx.Module):
 
     def __init__(self, base: nnx.Module, adapters: Sequence[tuple[Array, Array, Array]]):
         """`adapters` are `(A [rank, in], B [out, rank], strength [])`, with one more leading axis in a stack."""
-        self.base = base
+        self.base: Any = base
         self.a = nnx.List([Factors(a) for a, _, _ in adapters])
         self.b = nnx.List([Factors(b) for _, b, _ in adapters])
         self.strength = nnx.List([Factors(s) for _, _, s in adapters])
@@ -118,7 +118,7 @@ def add_loras(model: nnx.Module, loras: Sequence[tuple[Path, float]], linear_nam
             place, layer = locate(model, linear_names[name])
             placed[place][layer] = pair
             linear = walk(model, place)
-            linear = linear.base if isinstance(linear, LoraLinear) else linear
+            linear: Any = linear.base if isinstance(linear, LoraLinear) else linear
             expected = (linear.in_features, linear.out_features)
             if (pair[0].shape[1], pair[1].shape[0]) != expected:
                 raise LoraError(

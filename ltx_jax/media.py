@@ -79,7 +79,7 @@ def recompress(image: UInt8[np.ndarray, "rows columns 3"], *, crf: int) -> UInt8
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     buffer.seek(0)
-    with av.open(buffer) as container:
+    with av.open(buffer, "r") as container:
         return next(container.decode(video=0)).to_ndarray(format="rgb24")
 
 

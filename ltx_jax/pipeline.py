@@ -236,13 +236,16 @@ class Pipeline:
         vae = self.model("video_vae")
         scale = self.configs.video_vae.scale
         total = (latents.shape[1] - 1) * scale[0] + 1
-        with self.progress.stage("decode video", total) as advance:
+
+        def decode(latents: Array) -> Array:
             with jax.default_matmul_precision(self.precision):
-                chunks = decode_tiled(partial(_decode_video, vae), latents, scale=scale, tile=tile or TileSize())
-                for chunk in chunks:
-                    for _ in range(chunk.shape[1]):
-                        advance()
-                    yield to_uint8(chunk[0])
+                return _decode_video(vae, latents)
+
+        with self.progress.stage("decode video", total) as advance:
+            for chunk in decode_tiled(decode, latents, scale=scale, tile=tile or TileSize()):
+                for _ in range(chunk.shape[1]):
+                    advance()
+                yield to_uint8(chunk[0])
 
     def decode_audio(self, latents: AudioLatents) -> Float[np.ndarray, "samples 2"]:
         """The waveform of a clip, at `sample_rate_hz` of the vocoder."""

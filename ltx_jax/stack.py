@@ -61,19 +61,19 @@ def locate(model: nnx.Module, path: str) -> tuple[tuple[str | int, ...], int | N
             node = getattr(node, step)
             continue
         number = int(step)
-        for position, entry in enumerate(node):
-            size = entry.num_layers if isinstance(entry, Stack) else 1
-            if number < size:
-                break
-            number -= size
-        else:
+        sizes = [entry.num_layers if isinstance(entry, Stack) else 1 for entry in node]
+        position = 0
+        while position < len(sizes) and number >= sizes[position]:
+            number -= sizes[position]
+            position += 1
+        if position == len(sizes):
             raise KeyError(f"the model has no layer {step} in {path}")
         place.append(position)
-        node = entry
-        if isinstance(entry, Stack):
+        node = node[position]
+        if isinstance(node, Stack):
             index = number
             place.append("layer")
-            node = entry.layer
+            node = node.layer
     return tuple(place), index
 
 

@@ -187,7 +187,7 @@ class Release:
         if "in.video_context" in reference:
             contexts = {m: jnp.asarray(reference[f"in.{m}_context"]).astype(pipe.dtype) for m in ("video", "audio")}
             prompt = Prompt(**contexts)
-        image = reference["in.image"] if "in.image" in reference else None
+        image = reference.get("in.image")
 
         judge = Judge(stem, reference, info, dtype)
         steps: dict[tuple[int, int], Any] = {}
@@ -255,8 +255,8 @@ class Release:
 
     def schedule(self, stem: str, settings: Settings, source: Reference) -> list[Row]:
         """Our own schedule against the run's, where it has as many steps as ours."""
-        given = np.float32(settings.sigmas)
-        values = {f: getattr(settings, f) for f in settings.__dataclass_fields__} | {"sigmas": None}
+        given = np.asarray(settings.sigmas, np.float32)
+        values: dict[str, Any] = {f: getattr(settings, f) for f in settings.__dataclass_fields__} | {"sigmas": None}
         if settings.guided:
             values["steps"] = len(given) - 1
         ours = Settings(**values).schedule()

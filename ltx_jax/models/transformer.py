@@ -21,7 +21,6 @@ from ltx_jax.models.attention import Attention, FeedForward, Tokens, mask_to_bia
 from ltx_jax.models.rope import Rotary, rotary_tables
 from ltx_jax.stack import run_layers
 
-Bias = Float[Array, "#batch 1 #queries keys"]
 VideoTokens = Float[Array, "batch video_tokens video_dim"]
 AudioTokens = Float[Array, "batch audio_tokens audio_dim"]
 
@@ -69,8 +68,8 @@ class Conditioning:
     rotary: Rotary
     cross_rotary: Rotary | None
     context: Float[Array, "batch keys context_dim"]
-    context_bias: Bias | None
-    self_bias: Bias | None
+    context_bias: Float[Array, "batch 1 1 keys"] | None
+    self_bias: Float[Array, "#batch 1 tokens tokens"] | None
     enabled: bool = field(metadata={"static": True})
 
 
@@ -145,31 +144,29 @@ class Block(nnx.Module):
         keep: Keep | None,
     ) -> tuple[VideoTokens | None, AudioTokens | None]:
         """Video tokens `x` and audio tokens `ax`, one block further."""
-        update_video = video is not None and video.enabled
-        update_audio = audio is not None and audio.enabled
-        if update_video:
+        if x is not None and video is not None and video.enabled:
             x = self.video.attend(x, video, None if keep is None else keep.video_self)
-        if update_audio:
+        if ax is not None and audio is not None and audio.enabled:
             ax = self.audio.attend(ax, audio, None if keep is None else keep.audio_self)
 
-        if video is not None and audio is not None:
+        if x is not None and ax is not None and video is not None and audio is not None:
             # Both directions read the streams as they are before either is updated.
             video_a2v, video_v2a = self.video.cross_inputs(rms_norm(x, self.eps), video)
             audio_a2v, audio_v2a = self.audio.cross_inputs(rms_norm(ax, self.eps), audio)
-            if update_video:
+            if video.enabled:
                 y = self.audio_to_video(
                     video_a2v, audio_a2v, rotary=video.cross_rotary, context_rotary=audio.cross_rotary
                 )
                 x = x + y * self.video.cross_gate(video) * _per_sample(keep and keep.audio_to_video, y)
-            if update_audio:
+            if audio.enabled:
                 y = self.video_to_audio(
                     audio_v2a, video_v2a, rotary=audio.cross_rotary, context_rotary=video.cross_rotary
                 )
                 ax = ax + y * self.audio.cross_gate(audio) * _per_sample(keep and keep.video_to_audio, y)
 
-        if update_video:
+        if x is not None and video is not None and video.enabled:
             x = self.video.feed_forward(x, video)
-        if update_audio:
+        if ax is not None and audio is not None and audio.enabled:
             ax = self.audio.feed_forward(ax, audio)
         return x, ax
 
@@ -271,10 +268,11 @@ class Transformer(nnx.Module):
         ax = None if audio is None else self.audio.patchify(audio.tokens)
 
         def step(block: Block, streams, layer_keep: Keep | None):
-            return block(*streams, video_cond, audio_cond, layer_keep), None
+            x, ax = streams
+            return block(x, ax, video_cond, audio_cond, layer_keep), None
 
         (x, ax), _ = run_layers(self.blocks, step, (x, ax), keep)
         return Velocity(
-            None if x is None else self.video.velocity(x, video_embedding),
-            None if ax is None else self.audio.velocity(ax, audio_embedding),
+            None if video_embedding is None else self.video.velocity(x, video_embedding),
+            None if audio_embedding is None else self.audio.velocity(ax, audio_embedding),
         )

@@ -70,7 +70,6 @@ def case(data: dict, name: str) -> tuple[StreamInput | None, StreamInput | None,
     if name == "masked":
         mask = jnp.asarray(data["masked.in.context_mask"], jnp.float32)
         video = replace(video, self_mask=jnp.asarray(data["masked.in.self_mask"]), context_mask=mask)
-        audio = replace(audio, context_mask=mask)
     if name == "frozen_audio":
         audio = inputs(data, "audio", np.zeros_like(sigma))
     return None if name == "audio_only" else video, None if name == "video_only" else audio, None
