@@ -6,7 +6,9 @@ python generate.py --checkpoint DIR --prompt "a heron lands on still water" --ou
 import hashlib
 import json
 import os
+import resource
 import sys
+import time
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -166,6 +168,7 @@ def save_latents(path: Path, latents: Latents) -> None:
 
 
 def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
+    started = time.monotonic()
     settings, output = arguments.settings, arguments.output
     if output.suffix.lower() != ".mp4":
         raise UsageError(f"the output must end in .mp4, got {output}")
@@ -203,7 +206,12 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     write_mp4(output, frames, fps=settings.fps, waveform=waveform, sample_rate_hz=pipe.configs.vocoder.sample_rate_hz)
     with written_whole(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    progress.console.print(f"wrote {output} and {output.with_suffix('.json')}")
+    # ru_maxrss counts bytes on macOS and kilobytes elsewhere.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    seconds = time.monotonic() - started
+    progress.console.print(
+        f"wrote {output} and {output.with_suffix('.json')} in {seconds:.0f} s, peak host memory {peak:.1f} GB"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,28 @@
+"""Evenly spaced frames of a clip side by side in one PNG, for looking at a clip without playing it.
+
+    python scripts/contact_sheet.py outputs/demo.mp4 docs/demo.png
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs without installation
+
+import av  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from ltx_jax.media import contact_sheet, describe  # noqa: E402
+
+
+def main(clip: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path], *, columns: int = 5, rows: int = 1):
+    """Writes the sheet and prints what a player would say of the clip."""
+    with av.open(str(clip), "r") as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    Image.fromarray(contact_sheet(frames, columns=columns, rows=rows)).save(output)
+    print(", ".join(f"{name} {value}" for name, value in describe(clip).items()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
