@@ -12,6 +12,7 @@ from hlwq_jax import LazyTensor, TensorFile, find_sidecar
 from ltx_jax.checkpoint import MANIFEST, upscaler_component
 from ltx_jax.config import UpscalerConfig
 
+_SECTIONS = ("transformer", "vae", "audio_vae", "vocoder")
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 
 
@@ -161,8 +162,8 @@ def _metadata(files: list[TensorFile]) -> tuple[dict[str, Any] | None, str | Non
             config = json.loads(text)
         except ValueError as error:
             raise ConvertError(f"the config in the metadata of {path} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ConvertError(f"the config in the metadata of {path} is not a JSON object")
+        if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in _SECTIONS):
+            raise ConvertError(f"the config in the metadata of {path} is not a JSON object of sections")
         return config, version
     return None, version
 

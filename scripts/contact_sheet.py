@@ -1,6 +1,6 @@
 """Evenly spaced frames of a clip side by side in one PNG, for looking at a clip without playing it.
 
-    python scripts/contact_sheet.py outputs/demo.mp4 docs/demo.png
+python scripts/contact_sheet.py outputs/demo.mp4 docs/demo.png
 """
 
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs without installation
 
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
-from PIL import Image  # noqa: E402
+import av
+import numpy as np
+import tyro
+from PIL import Image
 
-from ltx_jax.media import contact_sheet, describe  # noqa: E402
+from ltx_jax.media import contact_sheet, describe
 
 
 def main(clip: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path], *, columns: int = 5, rows: int = 1):
