@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == ["inspect"]:
             asked = tyro.cli(Inspect, args=argv[1:], prog="python -m convert inspect")
             report = inspect(asked.source, gemma=asked.gemma)
-            print(json.dumps(asdict(report), indent=1) if asked.json else to_text(report))
+            print(
+                json.dumps(asdict(report) | {"complete": report.complete}, indent=1) if asked.json else to_text(report)
+            )
             return 0
         chosen = tyro.cli(Convert, args=argv, prog="python -m convert")
         convert(

@@ -171,10 +171,11 @@ def decode_tiled(
     """
     _, frames, height, width, _ = latents.shape
     # On the host, where cutting a tile out compiles nothing.
-    return _decode(decode, np.asarray(latents), tiles((frames, height, width), scale=scale, tile=tile))
+    return decode_planned(decode, np.asarray(latents), tiles((frames, height, width), scale=scale, tile=tile))
 
 
-def _decode(decode: Callable[[Array], Array], latents: np.ndarray, plan: Tiles) -> Iterator[np.ndarray]:
+def decode_planned(decode: Callable[[Array], Array], latents: np.ndarray, plan: Tiles) -> Iterator[np.ndarray]:
+    """`decode_tiled` over tiles that were planned before."""
     time_weights, row_weights, column_weights = (
         _weights([(span.pixels, span.pixel_mask) for span in spans]) for spans in (plan.time, plan.rows, plan.columns)
     )

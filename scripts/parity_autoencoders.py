@@ -15,7 +15,7 @@ from convert.tables.video_vae import VIDEO_VAE
 from ltx_jax.mel import hann_window, mel_filterbank, mel_spectrogram, resample, sinc_filters
 from ltx_jax.models.upscaler import upscale
 from ltx_jax.models.vocoder import antialiased_snake
-from ltx_jax.tiling import Tiles, _decode, space_spans, time_spans
+from ltx_jax.tiling import Tiles, decode_planned, space_spans, time_spans
 from scripts.parity_cases import AUTOENCODER, EXACT, FORWARD, Reference, Report, call, call_recorded, our_path
 from scripts.parity_models import Models
 
@@ -87,7 +87,7 @@ def _run_tiled(models: Models, report: Report, reference: Reference) -> None:
     report.add("video_vae/tiled places", places, {key: info[key] for key in places}, 0.0)
 
     plan = Tiles(time=spans[0], rows=spans[1], columns=spans[2])
-    chunks = list(_decode(lambda x: call(models.video_vae, x, method="decode"), np.asarray(latents), plan))
+    chunks = list(decode_planned(lambda x: call(models.video_vae, x, method="decode"), np.asarray(latents), plan))
     if "chunks" in info:  # the reference also counts empty ones
         theirs = [n for n in info["chunks"] if n > 0]
         report.add("video_vae/tiled chunks", [chunk.shape[1] for chunk in chunks], theirs, 0.0)

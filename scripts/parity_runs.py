@@ -24,7 +24,7 @@ from ltx_jax.geometry import (
     video_positions,
 )
 from ltx_jax.guidance import Guidance, guide
-from ltx_jax.models.rope import Rotary, apply_rotary, frequency_grid, rotary_tables
+from ltx_jax.models.rope import Rotary, apply_rotary, frequency_grid, position_fractions, rotary_tables
 from ltx_jax.models.upscaler import upscale
 from ltx_jax.pipeline import Latents
 from scripts.parity_autoencoders import channels_first, channels_last
@@ -90,8 +90,9 @@ def _fractions(models: Models, reference: Reference, table: str) -> np.ndarray |
     stream = config.video if modality == "video" else config.audio
     middle = rearrange(reference[f"{modality}.positions"], "b axes t ends -> b t axes ends").mean(-1, dtype=np.float32)
     if kind == "cross":  # time alone, over the longer of both ranges
-        return middle[..., :1] / np.float32(max(config.video.max_pos[0], config.audio.max_pos[0]))
-    return middle / np.asarray(stream.max_pos, np.float32)
+        seconds = max(config.video.max_pos[0], config.audio.max_pos[0])
+        return np.asarray(position_fractions(jnp.asarray(middle[..., :1]), (seconds,)))
+    return np.asarray(position_fractions(jnp.asarray(middle), stream.max_pos))
 
 
 def run_rope(models: Models, report: Report, reference: Reference) -> None:

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2104.09864.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -27,6 +28,18 @@ def frequency_grid(dim: int, num_axes: int, theta: float) -> np.ndarray:
     num_frequencies = dim // (2 * num_axes)
     exponents = np.linspace(0.0, 1.0, num_frequencies, dtype=np.float64)
     return (np.power(np.float64(theta), exponents) * (np.pi / 2)).astype(np.float32)
+
+
+def position_fractions(
+    positions: Float[Array, "batch tokens axes"], max_pos: tuple[float, ...]
+) -> Float[Array, "batch tokens axes"]:
+    """Positions as fractions of the range of each axis, float32.
+
+    The ranges are hidden from the compiler, which would turn the division into a product with a rounded reciprocal: one
+    unit in the last place of a fraction is 1e-3 of the fastest angle from some seconds of clip on.
+    """
+    ranges = jax.lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(max_pos, jnp.float32), positions.shape))
+    return positions.astype(jnp.float32) / ranges
 
 
 def rotary_tables(

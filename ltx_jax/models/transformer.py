@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from ltx_jax.config import StreamConfig, TransformerConfig
 from ltx_jax.models.adaln import AdaLN, layer_norm, modulate, rms_norm
 from ltx_jax.models.attention import Attention, FeedForward, Tokens, mask_to_bias
-from ltx_jax.models.rope import Rotary, rotary_tables
+from ltx_jax.models.rope import Rotary, position_fractions, rotary_tables
 from ltx_jax.stack import run_layers
 
 VideoTokens = Float[Array, "batch video_tokens video_dim"]
@@ -204,7 +204,7 @@ class Stream(nnx.Module):
         rows, embedding = self.adaln(x.timesteps * model.timestep_scale, dtype)
         prompt_rows, _ = self.prompt_adaln(x.sigma[:, None] * model.timestep_scale, dtype)
         middle = jnp.mean(x.positions.astype(jnp.float32), axis=-1)
-        fractions = middle / jnp.asarray(self.config.max_pos, jnp.float32)
+        fractions = position_fractions(middle, self.config.max_pos)
         rotary = rotary_tables(
             fractions, dim=self.config.dim, num_heads=self.config.num_heads, theta=model.rope_theta, dtype=dtype
         )
@@ -213,7 +213,7 @@ class Stream(nnx.Module):
             cross_rows, _ = self.cross_adaln(x.timesteps * model.timestep_scale, dtype)
             cross_gate, _ = self.cross_gate_adaln(other.sigma[:, None] * model.av_gate_timestep_scale, dtype)
             cross_rotary = rotary_tables(
-                middle[..., :1] / cross_max_seconds,  # time alone, for video as well
+                position_fractions(middle[..., :1], (cross_max_seconds,)),  # time alone, for video as well
                 dim=self.cross_dim,
                 num_heads=self.cross_heads,
                 theta=model.rope_theta,

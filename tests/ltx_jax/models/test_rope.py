@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from ltx_jax.models.rope import Rotary, apply_rotary, frequency_grid, rotary_tables
+from ltx_jax.models.rope import Rotary, apply_rotary, frequency_grid, position_fractions, rotary_tables
 
 # cos and sin of angles up to 1e4 radians differ between libraries in the last place.
 TOLERANCE = 2e-7
@@ -48,6 +48,13 @@ def test_rotation_agrees_with_the_reference(data):
     x = jnp.asarray(rearrange(data["apply.in"], "b t (h d) -> b t h d", h=32))
     y = rearrange(apply_rotary(x, rotary), "b t h d -> b t (h d)")
     np.testing.assert_allclose(y, data["apply.out"], atol=1e-6, rtol=0)  # two products and a sum of values of size 3
+
+
+def test_fractions_are_divided_as_numpy_divides():
+    positions = np.random.default_rng(0).uniform(0, 20, (1, 500, 3)).astype(np.float32)
+    ranges = (20.0, 2048.0, 1000.0)
+    ours = jax.jit(lambda p: position_fractions(p, ranges))(jnp.asarray(positions))
+    np.testing.assert_array_equal(ours, positions / np.asarray(ranges, np.float32))
 
 
 def test_missing_angles_are_padded_in_front():
