@@ -55,8 +55,8 @@ class Arguments:
     output: Path = Path("clip.mp4")
     """The clip to write; its settings go beside it as .json."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
-    lora: tuple[str, ...] = ()
-    """LoRA files as PATH or PATH:STRENGTH."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A LoRA file as PATH or PATH:STRENGTH; may be given several times."""
     save_latents: Path | None = None
     """Also write the final latents (out.video_latent, out.audio_latent) to this safetensors file."""
     dtype: Literal["float32", "bfloat16"] | None = None

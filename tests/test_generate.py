@@ -100,6 +100,11 @@ def test_bad_arguments_say_what_to_do(mini_checkpoint, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
+def test_flags_that_repeat_add_up():
+    arguments, _ = generate.parse_arguments(["--checkpoint", "x", "--lora", "a:0.5", "--lora", "b"])
+    assert arguments.lora == ("a:0.5", "b")
+
+
 def test_a_foreign_json_is_refused(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert generate.main(["--from", str(tmp_path / "other.json")]) == 2
