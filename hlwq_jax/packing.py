@@ -35,11 +35,6 @@ def _group(bits: int, packing: Packing) -> tuple[int, int]:
     return groups[bits]
 
 
-def group_codes(*, bits: int, packing: Packing, block_size: int) -> int:
-    """How many codes must be unpacked together: the stream may be cut at multiples of this."""
-    return block_size if packing == "H" else _group(bits, packing)[0]
-
-
 def pack(
     codes: UInt8[np.ndarray, "..."], *, bits: int, packing: Packing, block_size: int = 128
 ) -> UInt8[np.ndarray, " bytes"] | Int8[np.ndarray, " bytes"]:

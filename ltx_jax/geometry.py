@@ -46,10 +46,6 @@ class VideoGrid:
     def num_tokens(self) -> int:
         return self.latent_frames * self.latent_height * self.latent_width
 
-    @property
-    def duration_seconds(self) -> float:
-        return self.num_frames / self.fps
-
     def check(self, *, stages: int = 1) -> None:
         """Raises ValueError where a size is not legal, naming the nearest that are.
 

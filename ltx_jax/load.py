@@ -1,6 +1,5 @@
 """A checkpoint folder to ready models: layer by layer, packed weights staying packed."""
 
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from flax import nnx
 from hlwq_jax import QuantizedLinear, replace_linears
 from ltx_jax.checkpoint import LAYERED, CheckpointError, Configs, Manifest
 from ltx_jax.orbax_io import restore
-from ltx_jax.stack import Stack, stack_layers
+from ltx_jax.stack import locate, stack_layers
 
 
 def load_configs(manifest: Manifest) -> Configs:
@@ -59,7 +58,8 @@ def load_component(folder: Path, manifest: Manifest, component: str, *, dtype: A
         raise CheckpointError(
             f"{folder}: the manifest packs linears that {component} does not have: {sorted(unplaced)[:5]}"
         )
-    lists = _stack_in_place(model) if component in LAYERED else {}
+    if component in LAYERED:
+        _stack_in_place(model)
 
     arrays = _Arrays(model, component)
     for part in manifest.parts[component]:
@@ -67,35 +67,17 @@ def load_component(folder: Path, manifest: Manifest, component: str, *, dtype: A
         if not path.is_dir():
             raise CheckpointError(f"{folder} lacks {component}/{part}, which its manifest lists; convert again")
         for name, array in restore(path).items():
-            arrays.put(*_stacked_name(name, lists), array, dtype)
+            arrays.put(name, array, dtype)
     return arrays.merge()
 
 
-def _stack_in_place(model: nnx.Module) -> dict[str, list[int]]:
-    """Stacks every list of layers of the model; returns how many layers each entry of each list now holds."""
-    lists = {}
-    for prefix in ("", "video.", "audio."):
+def _stack_in_place(model: nnx.Module) -> None:
+    """Stacks every list of layers of the model."""
+    for owner in (model, getattr(model, "video", None), getattr(model, "audio", None)):
         for attribute in ("blocks", "layers"):
-            owner = getattr(model, prefix[:-1], None) if prefix else model
             layers = getattr(owner, attribute, None)
             if isinstance(layers, nnx.List):
                 setattr(owner, attribute, stack_layers(layers))
-                stacks = getattr(owner, attribute)
-                lists[prefix + attribute] = [entry.num_layers if isinstance(entry, Stack) else 1 for entry in stacks]
-    return lists
-
-
-def _stacked_name(name: str, lists: dict[str, list[int]]) -> tuple[str, int | None]:
-    """Where a layer's array goes: the path of the stacked array and the index in it (None: the whole array)."""
-    found = re.match(r"((?:\w+\.)?(?:blocks|layers))\.(\d+)\.(.*)", name)
-    if found is None or found[1] not in lists:
-        return name, None
-    number = int(found[2])
-    for position, size in enumerate(lists[found[1]]):
-        if number < size:
-            return f"{found[1]}.{position}.layer.{found[3]}", number
-        number -= size
-    return name, None
 
 
 class _Arrays:
@@ -103,16 +85,22 @@ class _Arrays:
 
     def __init__(self, model: nnx.Module, component: str):
         self.component = component
+        self.model = model
         self.graphdef, state = nnx.split(model)
         self.flat = dict(nnx.to_flat_state(state))
         self.paths = {".".join(map(str, path)): path for path in self.flat}
         self.filled: dict[str, set[int | None]] = defaultdict(set)
         self.arrays: dict[str, np.ndarray] = {}
 
-    def put(self, name: str, index: int | None, array: np.ndarray, dtype: Any) -> None:
-        """Takes a whole array, or one layer's slice of a stacked one."""
-        if name not in self.paths:
-            raise CheckpointError(f"{self.component}: the checkpoint has an array {name} that the model does not know")
+    def put(self, name: str, array: np.ndarray, dtype: Any) -> None:
+        """Takes a parameter by its path with numbered layers: a whole array, or one layer's slice of a stacked one."""
+        try:
+            place, index = locate(self.model, name)
+        except (AttributeError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.component}: the checkpoint has an array {name} that the model does not know"
+            ) from error
+        name = ".".join(map(str, place))
         variable = self.flat[self.paths[name]]
         expected = tuple(variable.get_value().shape)
         shape = tuple(array.shape) if index is None else (expected[0], *array.shape)

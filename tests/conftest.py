@@ -1,17 +1,16 @@
 """Shared by all tests: where the reference data lies, and models filled from a published checkpoint."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from convert.mapping import Table, flatten, plan
+from scripts.parity_cases import fill
 
 DATA = Path(__file__).parent / "data"
 
@@ -57,20 +56,4 @@ def read_prefix(path: Path, prefix: str) -> dict[str, np.ndarray]:
         return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
 
 
-def fill(make: Callable[[], nnx.Module], table: Table, tensors: Mapping[str, np.ndarray]):
-    """Builds a model from shapes alone and fills it from published tensors through its table; nothing may be left."""
-    from einops import rearrange
-
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    flat = dict(nnx.to_flat_state(state))
-    names = {".".join(map(str, path)): path for path in flat}
-    p = plan(table, {k: v.shape for k, v in tensors.items()}, {k: flat[v].get_value().shape for k, v in names.items()})
-    assert p.ok, p
-    for step in p.steps:
-        path = names[step.target]
-        array = rearrange(tensors[step.source], step.pattern)
-        flat[path] = flat[path].replace(jax.numpy.asarray(array))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-__all__ = ["DATA", "fill", "flatten", "read_prefix"]
+__all__ = ["DATA", "fill", "read_prefix"]
