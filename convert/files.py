@@ -9,6 +9,7 @@ from typing import Any
 
 from convert.tables.gemma import SKIP
 from hlwq_jax import LazyTensor, TensorFile, find_sidecar
+from hlwq_jax.reader import check_indexes
 from ltx_jax.checkpoint import MANIFEST, upscaler_component
 from ltx_jax.config import UpscalerConfig
 
@@ -79,7 +80,7 @@ def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path,
     ]
     found = [file for file in found if not any(folder in file.parents for folder in text_folders)]
     if path.is_dir():
-        _check_indexes(path)
+        check_indexes(path)
     if not found and (path / MANIFEST).is_file():
         raise ConvertError(f"{path} is a converted checkpoint already; SOURCE is what was published")
     if not found:
@@ -211,18 +212,6 @@ def _upscaler_config(path: Path, file: TensorFile) -> dict[str, Any]:
     return config
 
 
-def _check_indexes(folder: Path) -> None:
-    """Raises ConvertError for shards that an index lists and that are not there."""
-    for path in sorted(folder.rglob("*.safetensors.index.json")):
-        try:
-            shards = set(json.loads(path.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConvertError(f"{path} is not an index of safetensors files: {error}") from error
-        missing = sorted(str(name) for name in shards if not (path.parent / str(name)).is_file())
-        if missing:
-            raise ConvertError(f"{path} lists files that are not there: {', '.join(missing)}; download them")
-
-
 def open_gemma(folder: Path) -> GemmaFolder:
     """Reads the headers of a Gemma 3 folder. Raises ConvertError for what it lacks."""
     if not folder.is_dir():
@@ -230,7 +219,7 @@ def open_gemma(folder: Path) -> GemmaFolder:
     lacking = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if lacking:
         raise ConvertError(f"{folder} has no {' and no '.join(lacking)}; --gemma wants Gemma 3 as published, with both")
-    _check_indexes(folder)
+    check_indexes(folder)
     try:
         metadata = json.loads((folder / "config.json").read_text())
     except ValueError as error:

@@ -64,7 +64,7 @@ def find_tensors(folder: Path | str) -> tuple[dict[str, LazyTensor], tuple[str, 
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
-    _check_indexes(folder)
+    check_indexes(folder)
     paths = sorted(folder.rglob("*.safetensors"))
     if not paths:
         others = sorted(path.name for path in folder.rglob("*.pt"))[:3]
@@ -90,14 +90,16 @@ def find_tensors(folder: Path | str) -> tuple[dict[str, LazyTensor], tuple[str, 
     return {name: where[0] for name, where in owners.items() if len(where) == 1}, warnings
 
 
-def _check_indexes(folder: Path) -> None:
+def check_indexes(folder: Path) -> None:
+    """Raises `FormatError` for shards that an index in or below a folder lists and that are not there."""
     for path in sorted(folder.rglob("*.safetensors.index.json")):
         weight_map = _read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise FormatError(f"{path}: expected a weight_map from tensor to file")
-        for name in sorted({str(name) for name in weight_map.values()}):
-            if not (path.parent / name).is_file():
-                raise FormatError(f"{path} lists {name}, which is not there: download the missing shard")
+        shards = sorted({str(name) for name in weight_map.values()})
+        missing = [name for name in shards if not (path.parent / name).is_file()]
+        if missing:
+            raise FormatError(f"{path} lists {', '.join(missing)}, which is not there: download what is missing")
 
 
 def find_sidecar(folder: Path | str) -> dict[str, Any] | None:
