@@ -5,7 +5,6 @@ python generate.py --checkpoint DIR --prompt "a heron lands on still water" --ou
 
 import hashlib
 import json
-import os
 import resource
 import sys
 import time
@@ -16,32 +15,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import tyro
+from einops import rearrange
+from rich.console import Console
+from safetensors.flax import save_file
 
-
-def _enable_compile_cache() -> None:
-    """Keeps compiled programs in the user's cache folder; must run before JAX compiles anything."""
-    import jax
-
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if folder is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "ltx-jax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-_enable_compile_cache()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from einops import rearrange  # noqa: E402
-from safetensors.flax import save_file  # noqa: E402
-
-from ltx_jax.checkpoint import MANIFEST  # noqa: E402
-from ltx_jax.media import check_writable, read_image, write_mp4, written_whole  # noqa: E402
-from ltx_jax.pipeline import Latents, load_pipeline, read_noise  # noqa: E402
-from ltx_jax.progress import TerminalProgress  # noqa: E402
-from ltx_jax.settings import Settings  # noqa: E402
+from ltx_jax.cache import written_whole
+from ltx_jax.cards import find_card
+from ltx_jax.checkpoint import MANIFEST
+from ltx_jax.environment import prepare
+from ltx_jax.media import check_writable, read_image, write_mp4
+from ltx_jax.noise import read_noise
+from ltx_jax.pipeline import Latents, load_pipeline
+from ltx_jax.plan import Offload, plan_published, plan_table
+from ltx_jax.progress import TerminalProgress
+from ltx_jax.settings import Settings
 
 CLIP_FORMAT = "ltx-jax clip"
 
@@ -50,8 +40,8 @@ CLIP_FORMAT = "ltx-jax clip"
 class Arguments:
     """Generates a clip with sound from a prompt, from a checkpoint that `python -m convert` made."""
 
-    checkpoint: Path
-    """The converted checkpoint folder."""
+    checkpoint: Path | None = None
+    """The converted checkpoint folder. Only --plan does without: it then plans for the published 5-bit LTX-2.3."""
     output: Path = Path("clip.mp4")
     """The clip to write; its settings go beside it as .json."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
@@ -61,6 +51,16 @@ class Arguments:
     """Also write the final latents (out.video_latent, out.audio_latent) to this safetensors file."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of activations; None: float32 on a CPU (the reference's numbers), bfloat16 elsewhere."""
+    offload: Offload = "auto"
+    """Stream the layers of large models from host memory: auto where the plan says so, blocks always, none never."""
+    plan: bool = False
+    """Print what the clip needs, stage by stage, and stop. Nothing is loaded."""
+    card: str | None = None
+    """With --plan: a card by name, such as rtx4090, in place of the device at hand."""
+    json: bool = False
+    """With --plan: print JSON."""
+    keep_prompts: bool = True
+    """Keep the contexts of prompts in the user's cache folder, so that a known prompt needs no text encoder."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """A clip's .json: repeat that clip; flags given as well take the place of its settings."""
 
@@ -136,7 +136,8 @@ def parse_arguments(argv: list[str]) -> tuple[Arguments, dict[str, Any] | None]:
 
 def clip_json(arguments: Arguments, loras: list[tuple[Path, float]]) -> dict[str, Any]:
     """Everything needed to make the same clip again, bit for bit on the same machine."""
-    settings = arguments.settings
+    settings, checkpoint = arguments.settings, arguments.checkpoint
+    assert checkpoint is not None
     values = asdict(settings)
     files = [path.resolve() for path, _ in loras]
     for name in ("image", "noise"):
@@ -147,8 +148,8 @@ def clip_json(arguments: Arguments, loras: list[tuple[Path, float]]) -> dict[str
     return {
         "format": CLIP_FORMAT,
         "settings": values,
-        "checkpoint": str(arguments.checkpoint.resolve()),
-        "checkpoint_sha256": sha256(arguments.checkpoint / MANIFEST),
+        "checkpoint": str(checkpoint.resolve()),
+        "checkpoint_sha256": sha256(checkpoint / MANIFEST),
         "lora": [f"{path.resolve()}:{strength}" for path, strength in loras],
         "dtype": arguments.dtype,
         "files": {str(path): sha256(path) for path in files},
@@ -167,8 +168,36 @@ def save_latents(path: Path, latents: Latents) -> None:
         save_file({name: jnp.asarray(array) for name, array in arrays.items()}, str(temporary))
 
 
+def print_plan(arguments: Arguments) -> None:
+    """The plan of a clip for a card or the device at hand, as a table or as JSON."""
+    target = None if arguments.card is None else find_card(arguments.card)
+    progress = TerminalProgress()
+    if arguments.checkpoint is None:
+        plan = plan_published(
+            arguments.settings, target=target, dtype=arguments.dtype, offload=arguments.offload, told=progress.say
+        )
+    else:
+        loras = [parse_lora(text) for text in arguments.lora]
+        pipe = load_pipeline(
+            arguments.checkpoint, dtype=arguments.dtype, loras=loras, offload=arguments.offload, progress=progress
+        )
+        plan = pipe.plan(arguments.settings, target=target, adopt=False)
+    if arguments.json:
+        print(json.dumps(plan.as_json(), indent=1))
+    else:
+        Console(width=max(Console().width, 110)).print(plan_table(plan))
+        print(plan.line() + ("" if plan.fits else "; it does not fit"))
+
+
 def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     started = time.monotonic()
+    if arguments.plan:
+        return print_plan(arguments)
+    for flag, given in (("--card", arguments.card is not None), ("--json", arguments.json)):
+        if given:
+            raise UsageError(f"{flag} is for --plan")
+    if arguments.checkpoint is None:
+        raise UsageError("--checkpoint is missing: the folder that `python -m convert` made")
     settings, output = arguments.settings, arguments.output
     if output.suffix.lower() != ".mp4":
         raise UsageError(f"the output must end in .mp4, got {output}")
@@ -182,8 +211,15 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
         read_noise(settings.noise)
     loras = [parse_lora(text) for text in arguments.lora]
     progress = TerminalProgress()
-    pipe = load_pipeline(arguments.checkpoint, dtype=arguments.dtype, loras=loras, progress=progress)
-    pipe.check(settings)
+    pipe = load_pipeline(
+        arguments.checkpoint,
+        dtype=arguments.dtype,
+        loras=loras,
+        offload=arguments.offload,
+        keep_prompts=arguments.keep_prompts,
+        progress=progress,
+    )
+    plan = pipe.plan(settings)
     facts = clip_json(arguments, loras)
     if earlier is not None:
         for name in ("checkpoint_sha256", "device", "versions"):
@@ -193,12 +229,8 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
         f"{settings.pipeline}: {settings.width}x{settings.height}, {settings.num_frames} frames at {settings.fps:g} "
         f"fps, seed {settings.seed}, {pipe.dtype.name} on {facts['device']}"
     )
-    # Each model makes room for the next.
-    prompt = pipe.encode_prompt(settings.prompt)
-    negative = pipe.encode_prompt(settings.negative_prompt) if pipe.needs_negative(settings) else None
-    pipe.free("gemma", "connectors")
-    latents = pipe.generate_latents(settings, prompt=prompt, negative=negative)
-    pipe.free("transformer", "upscaler_spatial_x2")
+    progress.say(plan.line())
+    latents = pipe.generate_latents(settings)
     if arguments.save_latents is not None:
         save_latents(arguments.save_latents, latents)
     waveform = pipe.decode_audio(latents.audio)
@@ -218,7 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs; returns 0, or 2 where the arguments or files cannot be used, with the reason on standard error."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        run(*parse_arguments(sys.argv[1:] if argv is None else argv))
+        arguments, earlier = parse_arguments(sys.argv[1:] if argv is None else argv)
+        prepare(for_card=arguments.card is not None)
+        run(arguments, earlier)
     except ValueError as error:
         # Every error of bad input is a ValueError whose text says what to do; a fault of ours keeps its traceback.
         if type(error).__module__.partition(".")[0] in ("ltx_jax", "hlwq_jax", "generate", "__main__", "builtins"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from convert.files import ConvertError
+from convert.quantizing import BITS
 from convert.report import inspect, to_text
 from convert.writer import convert
 from hlwq_jax import FormatError
@@ -33,6 +34,10 @@ class Convert:
     """Gemma 3 in the Hugging Face layout; without it the checkpoint cannot read prompts."""
     upscaler: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A latent upscaler that lies elsewhere; may be given several times."""
+    gemma_bits: int = BITS
+    """Bits a weight of the text encoder's linears, 2 to 8; 16 leaves them as they are."""
+    quantize: str = ""
+    """What else to pack at 5 bits, separated by commas: connectors, projection, adaln; by default nothing."""
     overwrite: bool = False
     """Replace a finished checkpoint at DEST."""
 
@@ -66,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             chosen.dest,
             gemma=chosen.gemma,
             upscalers=chosen.upscaler,
+            gemma_bits=chosen.gemma_bits,
+            quantize=[group.strip() for group in chosen.quantize.split(",") if group.strip()],
             overwrite=chosen.overwrite,
             progress=True,
         )

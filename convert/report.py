@@ -184,16 +184,16 @@ def to_text(report: Report) -> str:
     """The report for people."""
     lines = [
         f"source         {report.source}",
-        f"kind           {report.kind}, {report.num_tensors} tensors, {_size(report.num_bytes)}",
+        f"kind           {report.kind}, {report.num_tensors} tensors, {size_text(report.num_bytes)}",
         f"version        {report.model_version or 'not stated'}",
         f"configuration  {report.configuration}",
     ]
-    lines += [f"file           {path} ({_size(size)})" for path, size in report.files.items()]
+    lines += [f"file           {path} ({size_text(size)})" for path, size in report.files.items()]
     for group in report.quantized:
         lines.append(
             f"quantised      {group.num_weights} matrices, layout {group.layout}, packing {group.packing}, "
             f"{group.bits} bits in blocks of {group.block_size}: {group.bits_per_weight:.3f} bits a weight, "
-            f"{_size(group.num_bytes)}"
+            f"{size_text(group.num_bytes)}"
         )
         lines.append(f"codebook       {group.codebook}: {group.decided_by}")
     total = report.num_blocks * report.linears_per_block
@@ -219,7 +219,8 @@ def to_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes, for people."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.4g} {unit}"

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +21,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from convert.files import ConvertError, Source, open_source
 from convert.inventory import Inventory, take_inventory
 from convert.mapping import Step
-from convert.report import Report, make_report, to_text
+from convert.quantizing import BITS, BLOCK_SIZE, GROUPS, TABLE, Quantizing, packed_bytes, quantize_tensor
+from convert.report import Report, make_report, size_text, to_text
 from convert.tables import table_of
-from hlwq_jax import LazyTensor, StoredWeight, plane_widths
+from hlwq_jax import LazyTensor, StoredWeight
 from ltx_jax.checkpoint import MANIFEST, MODELS, TOKENIZER, Manifest, QuantizedShape, part_of
 from ltx_jax.orbax_io import save
 from ltx_jax.text import TextError, load_tokenizer
@@ -41,15 +42,21 @@ def convert(
     *,
     gemma: str | Path | None = None,
     upscalers: tuple[str | Path, ...] = (),
+    gemma_bits: int = BITS,
+    quantize: Iterable[str] = (),
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
     """Converts published files into a checkpoint folder; returns its manifest.
 
+    What arrives packed stays so. The text encoder's linears are packed at `gemma_bits` (2 to 8; 16 leaves them as they
+    are), and those of the groups in `quantize` (connectors, projection, adaln) at 5 bits.
+
     Everything is planned from headers first. The folder appears under its name only when it is complete. Raises
     ConvertError, FormatError or ConfigError for a source that is short, damaged or foreign, and for a destination that
     is there already (unless `overwrite`, and only if it is a checkpoint).
     """
+    quantizing = Quantizing.of(gemma_bits=gemma_bits, groups=quantize)
     dest = Path(dest).resolve()
     opened = open_source(
         Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
@@ -59,16 +66,18 @@ def convert(
     refuse_incomplete(report)
     text_length = _check_tokenizer(inventory)
     _check_dest(dest, overwrite=overwrite)
-    written = _bytes_written(inventory)
+    written = _bytes_written(inventory, quantizing)
     _check_space(dest, written)
     console = Console(stderr=True, quiet=not progress)
     console.print(to_text(report), highlight=False, soft_wrap=True)
-    console.print(f"writes         {dest}, {written / 1e9:.3g} GB", highlight=False, soft_wrap=True)
+    for line in _quantising(inventory, quantizing):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"writes         {dest}, {size_text(written)}", highlight=False, soft_wrap=True)
 
     files = _source_files(opened)
     total = opened.nbytes + sum(path.stat().st_size for path in files)  # converted, then read again for the digests
     with _working_folder(dest) as folder, _bar(console, total) as advance:
-        return _write(inventory, report, folder, text_length, files, advance)
+        return _write(inventory, report, quantizing, folder, text_length, files, advance)
 
 
 def refuse_incomplete(report: Report) -> None:
@@ -128,18 +137,36 @@ def _check_dest(dest: Path, *, overwrite: bool) -> None:
     raise ConvertError(f"{dest} is not empty and was not made by convert; choose another folder")
 
 
-def _bytes_written(inventory: Inventory) -> int:
-    groups = [inventory.plain, *(upscaler.tensors for upscaler in inventory.source.upscalers.values())]
-    groups += [] if inventory.source.gemma is None else [inventory.source.gemma.tensors]
-    total = sum(tensor.nbytes for tensors in groups for tensor in tensors.values())
-    for name, weight in inventory.weights.items():
-        target = inventory.expected.targets[name]
-        if target.linear and _holds_as_planes(weight):
-            words = sum(plane_widths(weight.num_blocks * weight.block_size, weight.bits))
-            total += target.shape[0] * (4 * words + 2 * weight.num_blocks) + 4 * 2**weight.bits
+def _bytes_written(inventory: Inventory, quantizing: Quantizing) -> int:
+    total = 0
+    for component, step, name, stored in _steps(inventory):
+        group = quantizing.group(component, step.target)
+        if isinstance(stored, LazyTensor) and group is not None:
+            total += packed_bytes(*stored.shape, bits=quantizing.bits[group])
+        elif isinstance(stored, LazyTensor):
+            total += stored.nbytes
+        elif inventory.expected.targets[name].linear and _holds_as_planes(stored):
+            shape = _shape(stored)
+            total += packed_bytes(shape.out_features, shape.in_features, bits=shape.bits, block_size=shape.block_size)
         else:
-            total += 2 * prod(target.shape)
+            total += 2 * prod(inventory.expected.targets[name].shape)
     return total
+
+
+def _quantising(inventory: Inventory, quantizing: Quantizing) -> Iterator[str]:
+    """What will be quantised, a line a group."""
+    found: dict[str, list[LazyTensor]] = defaultdict(list)
+    for component, step, _, stored in _steps(inventory):
+        group = quantizing.group(component, step.target)
+        if group is not None and isinstance(stored, LazyTensor):
+            found[group].append(stored)
+    for group, bits in quantizing.bits.items():
+        if GROUPS[group][0] not in inventory.plans:
+            continue
+        before = size_text(sum(tensor.nbytes for tensor in found[group]))
+        after = size_text(sum(packed_bytes(*tensor.shape, bits=bits) for tensor in found[group]))
+        what = f"{len(found[group])} linears at {bits} bits in blocks of {BLOCK_SIZE}: {before} become {after}"
+        yield f"quantises      {group}: {what if found[group] else 'nothing, as its linears are packed already'}"
 
 
 def _check_space(dest: Path, written: int) -> None:
@@ -217,6 +244,7 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
 def _write(
     inventory: Inventory,
     report: Report,
+    quantizing: Quantizing,
     folder: Path,
     text_length: int | None,
     files: list[Path],
@@ -225,6 +253,7 @@ def _write(
     started = time.time()
     parts: dict[str, list[str]] = {}
     quantized: dict[str, dict[str, QuantizedShape]] = {}
+    quantized_here: dict[str, dict[str, Any]] = {}
     unpacked: list[str] = []
     for component, plan in inventory.plans.items():
         by_part: dict[str, list[Step]] = defaultdict(list)
@@ -236,10 +265,20 @@ def _write(
             arrays: dict[str, np.ndarray] = {}
             for step in by_part[part]:
                 name, stored = _stored(inventory, component, step.source)
-                if isinstance(stored, LazyTensor):
+                path = step.target.removesuffix(".kernel")
+                group = quantizing.group(component, step.target)
+                if isinstance(stored, LazyTensor) and group is not None:
+                    packed = quantize_tensor(stored, bits=quantizing.bits[group])
+                    arrays |= {f"{path}.{key}": array for key, array in packed.arrays.items()}
+                    quantized[component][path] = packed.shape
+                    quantized_here[f"{component}/{path}"] = {
+                        "published": name,
+                        "bits": packed.shape.bits,
+                        "relative_error": round(packed.relative_error, 5),
+                    }
+                elif isinstance(stored, LazyTensor):
                     arrays[step.target] = _read(stored, step.pattern)
                 elif inventory.expected.targets[name].linear and _holds_as_planes(stored):
-                    path = step.target.removesuffix(".kernel")
                     arrays |= {f"{path}.{key}": array for key, array in _planes(stored).items()}
                     quantized[component][path] = _shape(stored)
                 else:
@@ -273,8 +312,10 @@ def _write(
                 "source": str(inventory.source.path),
                 "gemma": None if gemma is None else str(gemma.path),
                 "upscalers": {name: str(upscaler.path) for name, upscaler in inventory.source.upscalers.items()},
+                "quantizing": dict(quantizing.bits),
             },
-            "quantized": [asdict(group) for group in report.quantized],
+            "quantized": [asdict(group) for group in report.quantized],  # as it arrived
+            "quantized_here": {"table": TABLE, "block_size": BLOCK_SIZE, "linears": quantized_here},
             "configuration": report.configuration,
             "unpacked_to_bfloat16": unpacked,
             "skipped": list(inventory.skipped) + ([] if gemma is None else list(gemma.skipped)),
@@ -301,6 +342,13 @@ def _read(tensor: LazyTensor, pattern: str) -> np.ndarray:
         stop = min(start + _SLICE_ROWS, tensor.shape[0])
         rows[start:stop] = rearrange(tensor.read_rows(start, stop), moved)
     return result
+
+
+def _steps(inventory: Inventory) -> Iterator[tuple[str, Step, str, LazyTensor | StoredWeight]]:
+    """Every planned tensor: its component, its step, its published name, itself."""
+    for component, plan in inventory.plans.items():
+        for step in plan.steps:
+            yield component, step, *_stored(inventory, component, step.source)
 
 
 def _stored(inventory: Inventory, component: str, source: str) -> tuple[str, LazyTensor | StoredWeight]:

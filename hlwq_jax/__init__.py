@@ -1,8 +1,9 @@
 """HLWQ (PolarQuant) quantized weights for any JAX model: read, write, and multiply straight from packed codes."""
 
 from hlwq_jax.codebook import TABLES, TableName, lloyd_max
+from hlwq_jax.fused import FusedCheck, check_fused, fused_supports, fused_weight
 from hlwq_jax.hadamard import hadamard_matrix, hadamard_transform
-from hlwq_jax.linear import Packed, QuantizedLinear, quantize_linears, replace_linears
+from hlwq_jax.linear import Packed, QuantizedLinear, quantize_linears, replace_linears, set_form
 from hlwq_jax.matmul import FORMS, Form, choose_form, dequantize_planes, quantized_matmul
 from hlwq_jax.names import ResolvedStems, mangle, resolve_stems
 from hlwq_jax.packing import Packing, pack, packed_length, unpack
@@ -17,6 +18,7 @@ __all__ = [
     "TABLES",
     "Form",
     "FormatError",
+    "FusedCheck",
     "LazyTensor",
     "Package",
     "Packed",
@@ -28,11 +30,14 @@ __all__ = [
     "TableName",
     "TensorFile",
     "TensorInfo",
+    "check_fused",
     "choose_form",
     "dequantize",
     "dequantize_planes",
     "find_sidecar",
     "find_tensors",
+    "fused_supports",
+    "fused_weight",
     "hadamard_matrix",
     "hadamard_transform",
     "lloyd_max",
@@ -49,6 +54,7 @@ __all__ = [
     "read_package",
     "replace_linears",
     "resolve_stems",
+    "set_form",
     "unpack",
     "unpack_planes",
 ]

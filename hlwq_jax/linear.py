@@ -43,8 +43,7 @@ class QuantizedLinear(nnx.Module):
     ):
         """`shared_outputs` counts the outputs of all layers fed the same x; `num_layers` are axes of stacked layers."""
         check_block_size(block_size)
-        if form != "auto" and form not in FORMS:
-            raise ValueError(f"form must be auto or one of {', '.join(FORMS)}, got {form!r}")
+        _check_form(form)
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
@@ -162,6 +161,25 @@ class QuantizedLinear(nnx.Module):
             block_size=self.block_size,
         )
         return weight[..., : self.in_features]
+
+
+def set_form(model: nnx.Module, form: Form | Literal["auto"]) -> list[Path]:
+    """Switches every QuantizedLinear of a model, stacked ones too, to a form in place; returns their paths.
+
+    What was compiled before still runs the old form. Raises ValueError for a form that does not exist.
+    """
+    _check_form(form)
+    layers: dict[Any, QuantizedLinear] = {
+        path: layer for path, layer in nnx.iter_modules(model) if isinstance(layer, QuantizedLinear)
+    }
+    for layer in layers.values():
+        layer.form = form
+    return list(layers)
+
+
+def _check_form(form: str) -> None:
+    if form != "auto" and form not in FORMS:
+        raise ValueError(f"form must be auto or one of {', '.join(FORMS)}, got {form!r}")
 
 
 def quantize_linears(

@@ -1,12 +1,16 @@
-"""`x @ weight.T` straight from packed codes, with the Hadamard rotation in one of three places.
+"""`x @ weight.T` straight from packed codes, with the Hadamard rotation in one of four places.
 
 * "rotate_input" rotates the activations, `x·H`, and multiplies by levels times norms. Cheapest where there are fewer
   tokens than outputs that share x; layers that share x (queries, keys, values) share one rotation, as XLA merges them.
 * "rotate_weight" rotates the weight back, one block-sized matrix product in the activations' dtype. Else cheapest.
 * "exact" computes the weight as the original decoder does: float32, then rounded to bfloat16. It is the form for
   float32 activations and the yardstick for the others, whose weight is rounded before or without the rotation.
+* "fused" is "rotate_weight" in one kernel (see `fused`), with the same bits. It is never chosen by itself: switch it on
+  where `check_fused` proved it. What the kernel does not take (not bfloat16, other blocks) is done by "rotate_weight".
 
 The scalings of the first two are powers of two, `H·2^-4` and `norm·2^-3` at blocks of 128, so they round nothing.
+
+float32 products go through slices of the outputs, one after the other: see `_multiply_in_slices`.
 """
 
 import math
@@ -17,11 +21,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float16, Float32, UInt32
 
+from hlwq_jax.fused import fused_supports, fused_weight
 from hlwq_jax.hadamard import hadamard_matrix, precision_for, rotate
 from hlwq_jax.planes import unpack_planes
 
-Form = Literal["rotate_input", "rotate_weight", "exact"]
+Form = Literal["rotate_input", "rotate_weight", "exact", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
+
+SLICE_OUTPUTS = 512  # the most outputs that a float32 product unpacks at once; 256 and 1024 took as long
+SMALL_SLICE_OUTPUTS = 128  # with fewer, products are too narrow to be worth slicing
 
 
 def choose_form(*, num_tokens: int, shared_outputs: int, dtype: jax.typing.DTypeLike) -> Form:
@@ -61,6 +69,8 @@ def quantized_matmul(
         form = choose_form(num_tokens=math.prod(x.shape[:-1]), shared_outputs=shared_outputs, dtype=x.dtype)
     elif form not in FORMS:
         raise ValueError(f"form must be auto or one of {', '.join(FORMS)}, got {form!r}")
+    if form == "fused" and not (x.dtype == jnp.bfloat16 and fused_supports(block_size)):
+        form = "rotate_weight"
     if x.shape[-1] < padded:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - x.shape[-1])])
     if form == "rotate_input":
@@ -81,7 +91,10 @@ def dequantize_planes(
     block_size: int,
 ) -> BFloat16[Array, "*layers out padded"]:
     """The weight as the original decoder computes it, padding included; leading axes hold stacked layers."""
-    unpack = partial(_exact_weight, bits=bits, block_size=block_size)
+
+    def unpack(packed):
+        return _exact_weight(packed, bits=bits, block_size=block_size).astype(jnp.bfloat16)
+
     for _ in range(norms.ndim - 2):
         unpack = jax.vmap(unpack)
     return unpack((lo, hi, norms, scaled_centroids))
@@ -92,12 +105,42 @@ def _multiply(x, packed, bits: int, block_size: int, form: Form):
     # The barrier ties unpacking to this product: without it XLA may unpack all layers first and keep their weights.
     packed, x = jax.lax.optimization_barrier((packed, x))
     packed = jax.lax.stop_gradient(packed)  # again: the barrier's derivative has a gradient for every operand
+    multiply = _multiply_in_slices if x.dtype == jnp.float32 else _multiply_whole
+    return multiply(x, packed, bits, block_size, form)
+
+
+def _multiply_in_slices(x, packed, bits: int, block_size: int, form: Form):
+    """The same product, some outputs at a time.
+
+    float32 runs on CPUs, and to compare. There a whole float32 weight, and what it passes through on the way, goes to
+    memory and back several times; a slice stays in the cache. Real width, 1,024 tokens: 1.1 times a plain product's
+    time in place of 1.3, and a slice's memory (scripts/bench_block.py).
+    """
+    *planes, scaled_centroids = packed
+    out_features = planes[-1].shape[0]
+    num_slices = _count_slices(out_features)
+    if num_slices == 1:
+        return _multiply_whole(x, packed, bits, block_size, form)
+    slices = jax.tree.map(lambda a: a.reshape(num_slices, -1, a.shape[1]), planes)
+    y = jax.lax.map(lambda one: _multiply_whole(x, (*one, scaled_centroids), bits, block_size, form), slices)
+    return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], out_features)
+
+
+def _count_slices(out_features: int) -> int:
+    """The fewest equal slices of at most SLICE_OUTPUTS; one where they would be small."""
+    counts = range(-(-out_features // SLICE_OUTPUTS), out_features // SMALL_SLICE_OUTPUTS + 1)
+    return next((n for n in counts if out_features % n == 0), 1)
+
+
+def _multiply_whole(x, packed, bits: int, block_size: int, form: Form):
     if form == "exact":
         weight = _exact_weight(packed, bits=bits, block_size=block_size).astype(x.dtype)
     elif form == "rotate_input":
         # The power of two that the rotation of x has not taken: together they make 1 / block_size.
         exponent = _log2(block_size) - _input_exponent(block_size)
         weight = _levels_times_norms(packed, bits=bits, block_size=block_size, exponent=exponent).astype(x.dtype)
+    elif form == "fused":
+        weight = fused_weight(*packed, bits=bits, block_size=block_size)
     else:
         blocks = _levels_times_norms(packed, bits=bits, block_size=block_size, exponent=0).astype(x.dtype)
         weight = rotate(blocks, exponent=_log2(block_size))
@@ -112,12 +155,13 @@ def _multiply(x, packed, bits: int, block_size: int, form: Form):
 
 
 def _exact_weight(packed, *, bits: int, block_size: int) -> jax.Array:
+    """The decoder's bfloat16 weight, held as float32."""
     lo, hi, norms, scaled_centroids = packed
     blocks = _lookup(lo, hi, scaled_centroids, bits=bits, shape=(*norms.shape, block_size))
     blocks = jnp.matmul(blocks, hadamard_matrix(block_size), precision=jax.lax.Precision.HIGHEST)
     # Rounded to bfloat16 by an operation of its own: inside jit a cast there and back is compiled away.
     weight = jax.lax.reduce_precision(blocks * norms.astype(jnp.float32)[..., None], exponent_bits=8, mantissa_bits=7)
-    return weight.astype(jnp.bfloat16).reshape(norms.shape[0], -1)
+    return weight.reshape(norms.shape[0], -1)
 
 
 def _levels_times_norms(packed, *, bits: int, block_size: int, exponent: int) -> jax.Array:

@@ -36,6 +36,7 @@ from ltx_jax.models.transformer import Transformer
 from ltx_jax.models.upscaler import LatentUpscaler
 from ltx_jax.models.video_vae import VideoVAE
 from ltx_jax.models.vocoder import Vocoder
+from ltx_jax.presets import GEMMA_3_12B, LTX_2_3, NUM_HIDDEN_STATES, UPSCALERS
 
 FORMAT = "ltx-jax checkpoint"
 VERSION = 1
@@ -81,6 +82,14 @@ class Manifest:
     # Published name of every linear -> `component/path`: what a LoRA or a report names.
     linear_names: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # sources, digests, layout, options, versions
+
+    def linears_below(self, prefix: str, component: str) -> dict[str, str]:
+        """Published names below a prefix -> paths in a component."""
+        return {
+            name.removeprefix(prefix): path.removeprefix(f"{component}/")
+            for name, path in self.linear_names.items()
+            if name.startswith(prefix) and path.startswith(f"{component}/")
+        }
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
@@ -173,6 +182,39 @@ class Configs:
     def components(self) -> tuple[str, ...]:
         text = ("connectors",) if self.gemma is None else ("connectors", "gemma")
         return ("transformer", *text, "video_vae", "audio_vae", "vocoder", *self.upscalers)
+
+
+def published_manifest(*, gemma_bits: int | None = 5, metadata: dict[str, Any] = LTX_2_3) -> Manifest:
+    """What the folder of the published 5-bit LTX-2.3 will say of itself: for planning before anything is downloaded.
+
+    `gemma_bits` None is an unpacked text encoder; other `metadata` is a model of other sizes, packed the same way.
+    """
+    configs = Configs.from_metadata(metadata, GEMMA_3_12B, UPSCALERS, num_hidden_states=NUM_HIDDEN_STATES)
+    quantized: dict[str, dict[str, QuantizedShape]] = {}
+    parts: dict[str, list[str]] = {}
+    for component in configs.components:
+        model = configs.abstract(component)
+        parts[component] = sorted({part_of(component, path) for path in parameter_shapes(model)})
+        bits = {"transformer": 5, "gemma": gemma_bits}.get(component)
+        if bits is None:
+            continue
+        quantized[component] = {
+            ".".join(map(str, path)): QuantizedShape(
+                in_features=linear.in_features, out_features=linear.out_features, bits=bits, block_size=128
+            )
+            for path, linear in nnx.iter_modules(model)
+            if isinstance(linear, nnx.Linear) and path[0] in ("blocks", "layers") and path[-1] != "to_gate_logits"
+        }
+    return Manifest(
+        metadata=metadata,
+        gemma_metadata=GEMMA_3_12B,
+        upscaler_metadata=UPSCALERS,
+        num_hidden_states=NUM_HIDDEN_STATES,
+        text_length=1024,
+        model_version="2.3",
+        parts=parts,
+        quantized=quantized,
+    )
 
 
 def upscaler_component(config: UpscalerConfig) -> str:

@@ -5,10 +5,11 @@ Source: `conditioning` and `noisers` in Lightricks/LTX-2, ltx_core.
 
 from dataclasses import dataclass, field, replace
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
+from ltx_jax.abstract import tree_dataclass
 from ltx_jax.config import AudioVAEConfig
 from ltx_jax.geometry import (
     AudioLatents,
@@ -24,14 +25,16 @@ from ltx_jax.geometry import (
 )
 
 
-@jax.tree_util.register_dataclass
+@tree_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LatentState:
     """One modality's tokens before noise: the generated ones first, appended conditioning behind them."""
 
     initial: Tokens  # what noise is mixed into: zeros, or the latents of an earlier stage
     clean: Tokens  # what tokens with a mask below 1 are held to
-    mask: Float[Array, "1 tokens"] | None  # 1 generate, 0 keep; None: all 1
+    # The share of noise that a token takes, 1 generated, 0 kept: the distinct shares, and which of them each token has.
+    shares: Float[Array, " levels"]
+    level: Int[Array, " tokens"] | None  # None: all tokens have the first
     positions: Positions
     num_generated: int = field(metadata={"static": True})  # tokens of the clip itself; those behind are appended
     # Nothing is generated: the model sees this modality at sigma 0.
@@ -52,17 +55,38 @@ class LatentState:
         held = denoised.astype(jnp.float32) * mask + self.clean.astype(jnp.float32) * (1 - mask)
         return held.astype(denoised.dtype)
 
-    def timesteps(self, sigma) -> Float[Array, "1 #tokens"]:
-        """The noise level of each token; one column where all share it."""
-        return jnp.full((1, 1), sigma, jnp.float32) if self.mask is None else self.mask * sigma
-
     @property
-    def explicit_mask(self) -> Float[Array, "1 tokens"]:
-        return jnp.ones(self.initial.shape[:2], jnp.float32)[:1] if self.mask is None else self.mask
+    def mask(self) -> Float[Array, "1 tokens"] | None:
+        """The share of noise of each token; None where all are generated."""
+        return None if self.level is None else self.shares[self.level][None]
+
+    def timesteps(self, sigma) -> Float[Array, "1 levels"]:
+        """The distinct noise levels; `level` says which of them each token has."""
+        return (self.shares * sigma)[None]
+
+    def token_timesteps(self, sigma) -> Float[Array, "1 #tokens"]:
+        """The noise level of each token; one column where all share it."""
+        return self.timesteps(sigma) if self.mask is None else self.mask * sigma
+
+    def shares_with(self, start: int, stop: int, share: float) -> dict[str, Array]:
+        """`shares` and `level` with another share for tokens from `start` to `stop`; these may be appended ones."""
+        mask = np.ones(max(self.initial.shape[1], stop), np.float32)
+        if self.level is not None:
+            mask[: len(self.level)] = np.asarray(self.shares)[np.asarray(self.level)]
+        mask[start:stop] = share
+        shares, level = np.unique(mask, return_inverse=True)
+        return {"shares": jnp.asarray(shares), "level": jnp.asarray(level, jnp.int32)}
 
 
 def _state(tokens: Tokens, clean: Tokens, positions: Positions) -> LatentState:
-    return LatentState(initial=tokens, clean=clean, mask=None, positions=positions, num_generated=tokens.shape[1])
+    return LatentState(
+        initial=tokens,
+        clean=clean,
+        shares=jnp.ones(1),
+        level=None,
+        positions=positions,
+        num_generated=tokens.shape[1],
+    )
 
 
 def video_state(grid: VideoGrid, *, channels: int, dtype, latents: VideoLatents | None = None) -> LatentState:
@@ -80,7 +104,7 @@ def audio_state(length: int, config: AudioVAEConfig, *, dtype, latents: AudioLat
 
 def frozen(state: LatentState) -> LatentState:
     """The same latents kept as they are, for the other modality to follow."""
-    return replace(state, mask=jnp.zeros(state.initial.shape[:2], jnp.float32)[:1], frozen=True)
+    return replace(state, **state.shares_with(0, state.initial.shape[1], 0.0), frozen=True)
 
 
 def replace_frame(
@@ -89,12 +113,12 @@ def replace_frame(
     """Puts an image's latents in place of one latent frame; `strength` 1 keeps it exactly, 0 ignores it."""
     tokens = patchify_video(latents).astype(state.initial.dtype)
     start = latent_frame * grid.latent_height * grid.latent_width
-    where = slice(start, start + tokens.shape[1])
+    stop = start + tokens.shape[1]
     return replace(
         state,
-        initial=state.initial.at[:, where].set(tokens),
-        clean=state.clean.at[:, where].set(tokens),
-        mask=state.explicit_mask.at[:, where].set(1 - strength),
+        **state.shares_with(start, stop, 1 - strength),
+        initial=state.initial.at[:, start:stop].set(tokens),
+        clean=state.clean.at[:, start:stop].set(tokens),
     )
 
 
@@ -104,11 +128,11 @@ def append_keyframe(
     """Appends an image's tokens, placed at pixel frame `frame`, for the generated tokens to attend to."""
     tokens = patchify_video(latents).astype(state.initial.dtype)
     positions = keyframe_positions((grid.latent_height, grid.latent_width), frame=frame, fps=grid.fps, scale=grid.scale)
-    kept = jnp.full((1, tokens.shape[1]), 1 - strength, jnp.float32)
+    start = state.initial.shape[1]
     return replace(
         state,
+        **state.shares_with(start, start + tokens.shape[1], 1 - strength),
         initial=jnp.concatenate([state.initial, jnp.zeros_like(tokens)], axis=1),
         clean=jnp.concatenate([state.clean, tokens], axis=1),
-        mask=jnp.concatenate([state.explicit_mask, kept], axis=1),
         positions=jnp.concatenate([state.positions, positions], axis=1),
     )

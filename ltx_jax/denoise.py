@@ -6,7 +6,7 @@ Source: `denoisers` in Lightricks/LTX-2, ltx_pipelines.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from ltx_jax.conditioning import LatentState
 from ltx_jax.guidance import Guidance, guide, keep_masks
 from ltx_jax.models.transformer import StreamInput, Transformer
-from ltx_jax.stack import count_layers
+from ltx_jax.offload import Streamed
+from ltx_jax.stack import Entered, count_layers
 
 Tokens = Float[Array, "batch tokens channels"]
 Context = Float[Array, "1 keys context_dim"]
@@ -59,18 +60,19 @@ def _stream(state: LatentState, tokens: Tokens, contexts: Float[Array, "rows key
         sigma=jnp.full((rows,), 0.0 if state.frozen else sigma, jnp.float32),
         positions=state.positions,
         context=contexts,
+        level=state.level,
     )
 
 
-@partial(jax.jit, static_argnames=("passes", "precision"))
-def _estimate(transformer, states, tokens, contexts, sigma, scales, keep, *, passes: tuple[str, ...], precision: str):
+def _streams(states, tokens, contexts, sigma) -> list[StreamInput | None]:
+    return [
+        None if state is None else _stream(state, x, context, sigma)
+        for state, x, context in zip(states, tokens, contexts, strict=True)
+    ]
+
+
+def _guided(states, tokens, velocities, sigma, scales, passes: tuple[str, ...]) -> tuple[Pair, Pair]:
     """The guided estimate of each modality, and the same with what is given held: see `Denoiser`."""
-    with jax.default_matmul_precision(precision):
-        streams = [
-            None if state is None else _stream(state, x, context, sigma)
-            for state, x, context in zip(states, tokens, contexts, strict=True)
-        ]
-        velocities = transformer(*streams, keep=keep)
     estimates, held = [], []
     for state, x, velocity, scale in zip(states, tokens, velocities, scales, strict=True):
         if state is None:
@@ -78,7 +80,7 @@ def _estimate(transformer, states, tokens, contexts, sigma, scales, keep, *, pas
             held.append(None)
             continue
         # The estimate is per token: a token kept at another noise level has its own distance to go.
-        timesteps = state.timesteps(sigma)[..., None]
+        timesteps = state.token_timesteps(sigma)[..., None]
         denoised = x.astype(jnp.float32) - timesteps * velocity.astype(jnp.float32)
         rows = dict(zip(("conditional", *passes), jnp.split(denoised, denoised.shape[0]), strict=True))
         guided = guide(
@@ -96,6 +98,46 @@ def _estimate(transformer, states, tokens, contexts, sigma, scales, keep, *, pas
     return Pair(*estimates), Pair(*held)
 
 
+@partial(jax.jit, static_argnames=("passes", "precision"))
+def estimate(
+    transformer, states, tokens, contexts, sigma, scales, keep, *, passes: tuple[str, ...], precision: str
+) -> tuple[Pair, Pair]:
+    """One guided estimate in one program: what a denoising step is."""
+    with jax.default_matmul_precision(precision):
+        velocities = transformer(*_streams(states, tokens, contexts, sigma), keep=keep)
+    return _guided(states, tokens, velocities, sigma, scales, passes)
+
+
+@partial(jax.jit, static_argnames="precision")
+def enter(rest, states, tokens, contexts, sigma, keep, *, precision: str) -> Entered:
+    """The part of `estimate` before the blocks, for blocks that are streamed."""
+    with jax.default_matmul_precision(precision):
+        return rest.enter(*_streams(states, tokens, contexts, sigma), keep=keep)
+
+
+@partial(jax.jit, static_argnames=("passes", "precision"))
+def leave(
+    rest, streams, outs, outputs, states, tokens, sigma, scales, *, passes: tuple[str, ...], precision: str
+) -> tuple[Pair, Pair]:
+    """The part of `estimate` behind the blocks."""
+    with jax.default_matmul_precision(precision):
+        velocities = rest.leave(streams, outs, outputs)
+    return _guided(states, tokens, velocities, sigma, scales, passes)
+
+
+def streamed_estimate(
+    transformer: Streamed, states, tokens, contexts, sigma, scales, keep, *, passes: tuple[str, ...], precision: str
+) -> tuple[Pair, Pair]:
+    """`estimate`, bit for bit, with one block's weights on the device at a time."""
+    rest = transformer.rest
+    entered = enter(rest, states, tokens, contexts, sigma, keep, precision=precision)
+    with jax.default_matmul_precision(precision):
+        streams, outs = transformer.layers["blocks"].run(
+            Transformer.step, entered.carry, entered.shared, entered.per_layer
+        )
+    return leave(rest, streams, outs, entered.rest, states, tokens, sigma, scales, passes=passes, precision=precision)
+
+
 class Denoiser:
     """`predict(step, sigma, tokens) -> denoised` of one stage, as samplers call it.
 
@@ -105,7 +147,7 @@ class Denoiser:
 
     def __init__(
         self,
-        transformer: Transformer,
+        transformer: Transformer | Streamed,
         states: tuple[LatentState | None, LatentState | None],
         prompt: Prompt,
         *,
@@ -132,7 +174,9 @@ class Denoiser:
         self.precision = precision
         self.callback = callback
         self.scales = Scales.of(video), Scales.of(audio)
-        self.keep = keep_masks(self.passes, video, audio, count_layers(transformer.blocks))
+        streamed = isinstance(transformer, Streamed)
+        num_layers = len(transformer.layers["blocks"]) if streamed else count_layers(transformer.blocks)
+        self.keep = keep_masks(self.passes, video, audio, num_layers)
         self.contexts = tuple(
             None if state is None else self._contexts(state, *contexts)
             for state, contexts in zip(
@@ -155,26 +199,27 @@ class Denoiser:
                 rows.append(positive)
         return jnp.concatenate(rows).astype(state.initial.dtype)
 
+    def arguments(self, sigma: float, tokens: Pair) -> tuple:
+        """What `estimate` takes at a step; with `options`, for a plan to compile it as it will run."""
+        level = jnp.asarray(sigma, jnp.float32)
+        return self.transformer, self.states, tokens, self.contexts, level, self.scales, self.keep
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `estimate` is compiled for."""
+        return {"passes": self.passes, "precision": self.precision}
+
     def __call__(self, step: int, sigma: float, tokens: Pair) -> Pair:
         runs = [g.runs(step) or last is None for g, last in zip(self.guidance, self.last[0], strict=True)]
         if any(run for run, state in zip(runs, self.states, strict=True) if state is not None):
-            fresh = _estimate(
-                self.transformer,
-                self.states,
-                tokens,
-                self.contexts,
-                jnp.asarray(sigma, jnp.float32),
-                self.scales,
-                self.keep,
-                passes=self.passes,
-                precision=self.precision,
-            )
+            compute = streamed_estimate if isinstance(self.transformer, Streamed) else estimate
+            fresh = compute(*self.arguments(sigma, tokens), **self.options)
             # A modality whose guidance skips this step keeps its last estimate.
             self.last = tuple(
                 Pair(*(new if run else old for run, new, old in zip(runs, news, olds, strict=True)))
                 for news, olds in zip(fresh, self.last, strict=True)
             )
-        estimate, held = self.last
+        guided, held = self.last
         if self.callback is not None:
-            self.callback(step, sigma, tokens, estimate)
+            self.callback(step, sigma, tokens, guided)
         return held

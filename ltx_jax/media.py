@@ -3,8 +3,7 @@
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
+
+from ltx_jax.cache import written_whole
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Waveform = Float[np.ndarray, "samples channels"]
@@ -37,17 +38,6 @@ def check_writable(path: Path) -> None:
         raise MediaError(f"cannot write into {folder}: {error.strerror or error}") from error
     if path.exists() and not os.access(path, os.W_OK):
         raise MediaError(f"the output {path} exists and is not writable")
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` only when the block ends well."""
-    temporary = path.with_name(f".{path.name}.part{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "height width 3"]:

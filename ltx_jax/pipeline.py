@@ -7,19 +7,18 @@ Source: the pipelines `ti2vid_one_stage`, `ti2vid_two_stages` and `distilled` in
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, UInt8
-from safetensors import SafetensorError, safe_open
 
+from ltx_jax.cards import Card
 from ltx_jax.checkpoint import TOKENIZER, CheckpointError, Manifest
 from ltx_jax.conditioning import LatentState, append_keyframe, audio_state, replace_frame, video_state
 from ltx_jax.denoise import Denoiser, Pair, Prompt
@@ -32,31 +31,22 @@ from ltx_jax.geometry import (
     unpatchify_video,
 )
 from ltx_jax.guidance import Guidance
-from ltx_jax.load import load_component, load_configs
-from ltx_jax.lora import add_loras
+from ltx_jax.load import load_configs
 from ltx_jax.media import check_writable, fit_image, read_image, recompress, to_uint8, write_mp4
-from ltx_jax.models.upscaler import upscale
+from ltx_jax.models.attention import AttentionForm, has_cudnn_attention
+from ltx_jax.noise import Noise, read_noise
+from ltx_jax.plan import Offload, Plan, PlanError, make_plan, nearest_sizes
+from ltx_jax.progress import Progress, Silent
+from ltx_jax.prompt_cache import keep_prompt, prompt_key, read_prompt
+from ltx_jax.residency import Residency, Way
 from ltx_jax.sampling import Sigmas, euler
 from ltx_jax.settings import Settings
+from ltx_jax.stages import decode_mel, decode_pixels, encode_pixels, upscale, vocode
 from ltx_jax.text import load_tokenizer, text_contexts, text_hidden_states, tokenize
 from ltx_jax.tiling import TileSize, decode_tiled
 
 STAGE_2_UPSCALER = "upscaler_spatial_x2"
 Image = UInt8[np.ndarray, "rows columns 3"]  # RGB levels
-
-
-@runtime_checkable
-class Progress(Protocol):
-    """Told what goes on: each stage opens once, with its number of steps, and advances."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]: ...
-
-
-class Silent:
-    """No progress shown."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        return nullcontext(lambda: None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +86,10 @@ Callback = Callable[[int, int, float, Pair, Pair], None]
 
 
 class Pipeline:
-    """The models of one checkpoint. Models are loaded when first needed and stay until `free`."""
+    """The models of one checkpoint, loaded when first needed.
+
+    On a device with room for all of them they stay; else each stage frees those of the stage before. `plan` decides.
+    """
 
     def __init__(
         self,
@@ -104,6 +97,8 @@ class Pipeline:
         *,
         dtype: Any = None,
         loras: Sequence[tuple[Path, float]] = (),
+        offload: Offload = "auto",
+        keep_prompts: bool = True,
         progress: Progress | None = None,
     ):
         """See `load_pipeline`."""
@@ -112,37 +107,88 @@ class Pipeline:
         self.configs = load_configs(self.manifest)
         on_cpu = jax.default_backend() == "cpu"  # where bfloat16 matmuls are slower than float32
         self.dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-        self.loras = tuple(loras)
+        self.offload: Offload = offload
+        self.keep_prompts = keep_prompts
         self.progress = progress or Silent()
-        self.models: dict[str, nnx.Module] = {}
+        self.residency = Residency(
+            folder, self.manifest, dtype=self.dtype, loras=[(Path(path), s) for path, s in loras], loading=self._loading
+        )
 
     # ------------------------------------------------------------------ models
 
     def model(self, component: str) -> Any:
         """A model of the checkpoint, loaded on first use."""
-        if component not in self.models:
-            with self.progress.stage(f"load {component.replace('_', ' ')}", 1) as advance:
-                # Plain weights follow the compute dtype, as in the reference; the vocoder is always float32 inside.
-                cast = self.dtype if self.dtype != jnp.float32 and component != "vocoder" else None
-                model = load_component(self.folder, self.manifest, component, dtype=cast)
-                if component == "transformer" and self.loras:
-                    add_loras(model, self.loras, self._linears_below("model.diffusion_model.", component))
-                self.models[component] = model
-                advance()
-        return self.models[component]
+        return self.residency.get(component)
 
-    def _linears_below(self, prefix: str, component: str) -> dict[str, str]:
-        """Published names below a prefix -> paths in a component."""
-        return {
-            name.removeprefix(prefix): path.removeprefix(f"{component}/")
-            for name, path in self.manifest.linear_names.items()
-            if name.startswith(prefix) and path.startswith(f"{component}/")
-        }
+    @contextmanager
+    def _loading(self, component: str) -> Iterator[None]:
+        with self.progress.stage(f"load {component.replace('_', ' ')}", 1) as advance:
+            yield
+            advance()
 
     def free(self, *components: str) -> None:
         """Drops models (all, if none is named) so that their memory can be used by others."""
-        for component in components or tuple(self.models):
-            self.models.pop(component, None)
+        self.residency.free(*(components or tuple(self.residency.loaded)))
+
+    def plan(self, settings: Settings, *, target: Card | None = None, adopt: bool = True) -> Plan:
+        """What a clip needs on the device at hand, or on a named card; see `make_plan`.
+
+        A plan for the device at hand is adopted: models are loaded, streamed and tiled as it says. Raises what
+        `check` raises; PlanError, with the nearest sizes that fit, where it is to be adopted and does not fit.
+        """
+        self.check(settings)
+        device = jax.devices()[0]
+        attention: AttentionForm = "chunked"
+        if target is None and self.dtype != jnp.float32 and has_cudnn_attention(device):
+            attention = "cudnn"
+
+        def make(settings: Settings) -> Plan:
+            return make_plan(
+                self.manifest,
+                settings,
+                target=target or device,
+                dtype=jnp.bfloat16 if target is not None else self.dtype,
+                offload=self.offload,
+                attention=attention,
+                loras=self.residency.loras,
+                told=self.progress.say,
+            )
+
+        plan = make(settings)
+        if target is not None or not adopt:
+            return plan
+        if not plan.fits:
+            raise PlanError(self.refusal(settings, plan, make))
+        self.residency.way = Way.of(plan)
+        return plan
+
+    def refusal(self, settings: Settings, plan: Plan, make: Callable[[Settings], Plan]) -> str:
+        """Why a clip does not fit, and what would."""
+        scale = self.configs.video_vae.scale
+        near = nearest_sizes(make, settings, plan, step=scale[1] * settings.num_stages, frames=scale[0])
+        sizes = [f"{s.width}x{s.height} with {s.num_frames} frames" for s in near]
+        needs = f"{settings.width}x{settings.height} with {settings.num_frames} frames does not fit {plan.line()}"
+        if sizes:
+            return f"{needs}. What fits: {' or '.join(sizes)}"
+        return f"{needs}. No smaller size fits either: a device with more free memory is needed"
+
+    def _retrying(self, work: Callable[[], Any]) -> Any:
+        """Runs a stage; if the device runs out of memory, once more in a way that needs less."""
+        try:
+            return work()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            before = self.residency.way
+        # Outside of the handler, whose traceback would keep the arrays of the failed attempt.
+        if not self.residency.retreat():
+            raise PlanError(f"{jax.devices()[0].device_kind} ran out of memory, and there is no smaller way left")
+        way = self.residency.way
+        self.progress.say(
+            f"out of memory with {', '.join(before.offload) or 'nothing'} streamed; this stage again with "
+            f"{', '.join(way.offload)} streamed and tiles of {way.tile.side} pixels and {way.tile.num_frames} frames"
+        )
+        return work()
 
     @property
     def precision(self) -> str:
@@ -165,14 +211,51 @@ class Pipeline:
 
     def encode_prompt(self, text: str) -> Prompt:
         """The contexts of a prompt. Warns if it is too long, with what was cut off."""
-        token_ids, mask = tokenize(self.tokenizer, [text])
-        gemma, connectors = self.model("gemma"), self.model("connectors")
-        with self.progress.stage("encode prompt", 2) as advance, jax.default_matmul_precision(self.precision):
-            hidden_states = text_hidden_states(gemma, token_ids, mask, dtype=self.dtype)
-            advance()
-            contexts = text_contexts(connectors, hidden_states, mask)
-            advance()
-        return Prompt(video=contexts.video, audio=contexts.audio)
+        return self.encode_prompts([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        """The contexts of several prompts, the text encoder read once; of known ones without it.
+
+        They are kept in the user's cache folder, under what they depend on: text, checkpoint, dtype, device, versions.
+        """
+        keys = [
+            prompt_key(self.folder, self.manifest, text, self.dtype) if self.keep_prompts else None for text in texts
+        ]
+        known = dict(zip(texts, keys, strict=True))
+        found: dict[str, Prompt] = {}
+        for text, key in known.items():
+            kept = None if key is None else read_prompt(key)
+            if kept is not None:
+                found[text] = kept
+        new = [text for text in known if text not in found]
+        if new:
+            found |= dict(zip(new, self._retrying(lambda: self._read_prompts(new)), strict=True))
+        for text in new:
+            key = known[text]
+            if key is not None:
+                keep_prompt(key, found[text])
+        return [found[text] for text in texts]
+
+    def _read_prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        rows = [tokenize(self.tokenizer, [text]) for text in texts]
+        self.residency.turn("gemma")
+        gemma = self.model("gemma")
+        stage = self.progress.stage("encode prompt", 2 * len(texts))
+        with stage as advance, jax.default_matmul_precision(self.precision):
+            hidden_states = []
+            for token_ids, mask in rows:
+                hidden_states.append(text_hidden_states(gemma, token_ids, mask, dtype=self.dtype))
+                jax.block_until_ready(hidden_states)
+                advance()
+            del gemma
+            self.residency.turn("connectors")
+            connectors = self.model("connectors")
+            prompts = []
+            for states, (_, mask) in zip(hidden_states, rows, strict=True):
+                contexts = text_contexts(connectors, states, mask)
+                prompts.append(jax.block_until_ready(Prompt(video=contexts.video, audio=contexts.audio)))
+                advance()
+        return prompts
 
     def encode_image(self, condition: ImageCondition, *, height: int, width: int) -> VideoLatents:
         """The latents of one image at a size in pixels, after the H.264 round trip."""
@@ -180,8 +263,13 @@ class Pipeline:
         if condition.crf is not None:
             image = recompress(image, crf=condition.crf)
         pixels = fit_image(image, height=height, width=width).astype(self.dtype)
-        with jax.default_matmul_precision(self.precision):
-            return _encode_video(self.model("video_vae"), pixels)
+
+        def work() -> VideoLatents:
+            self.residency.turn("video_vae")
+            with jax.default_matmul_precision(self.precision):
+                return jax.block_until_ready(encode_pixels(self.model("video_vae"), pixels))
+
+        return self._retrying(work)
 
     def denoise(
         self,
@@ -198,12 +286,22 @@ class Pipeline:
         stage: str = "denoise",
     ) -> Pair:
         """Denoises tokens from noise down the sigmas; returns all tokens, appended conditioning included."""
+        return self._retrying(
+            lambda: self._denoise(
+                states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, stage
+            )
+        )
+
+    def _denoise(
+        self, states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, stage
+    ) -> Pair:
         tokens = Pair(
             *(
                 None if state is None or n is None else state.noised(n.astype(self.dtype), noise_scale)
                 for state, n in zip(states, noise, strict=True)
             )
         )
+        self.residency.turn("transformer")
         transformer = self.model("transformer")
         with self.progress.stage(stage, len(sigmas) - 1) as advance:
 
@@ -226,38 +324,78 @@ class Pipeline:
 
     def upscale(self, latents: VideoLatents, component: str = STAGE_2_UPSCALER) -> VideoLatents:
         """Video latents, larger or longer, by one of the checkpoint's latent upscalers."""
-        with jax.default_matmul_precision(self.precision):
-            return _upscale(self.model(component), self.model("video_vae").statistics, latents)
+
+        def work() -> VideoLatents:
+            kept = ("transformer",) if self.residency.way.keep_transformer else ()
+            self.residency.turn(component, "video_vae", *kept)
+            with jax.default_matmul_precision(self.precision):
+                upscaler, statistics = self.model(component), self.model("video_vae").statistics
+                return jax.block_until_ready(upscale(upscaler, statistics, latents))
+
+        return self._retrying(work)
 
     def decode_video(
         self, latents: VideoLatents, *, tile: TileSize | None = None
     ) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
-        """Yields the frames of a clip in order, in chunks, as they are decoded."""
-        vae = self.model("video_vae")
+        """Yields the frames of a clip in order, in chunks, as they are decoded.
+
+        Tiles are as planned where `tile` is not given. Host memory holds one tile's length of frames, whatever the
+        length of the clip.
+        """
         scale = self.configs.video_vae.scale
         total = (latents.shape[1] - 1) * scale[0] + 1
+        latents_on_host = np.asarray(latents)
 
         def decode(latents: Array) -> Array:
             with jax.default_matmul_precision(self.precision):
-                return _decode_video(vae, latents)
+                return decode_pixels(self.model("video_vae"), latents)
 
+        def chunks() -> Iterator[Any]:
+            self.residency.turn("video_vae")
+            return decode_tiled(decode, latents_on_host, scale=scale, tile=tile or self.residency.way.tile)
+
+        done = 0  # frames yielded: they are not decoded again if memory runs out
         with self.progress.stage("decode video", total) as advance:
-            for chunk in decode_tiled(decode, latents, scale=scale, tile=tile or TileSize()):
+            decoding = chunks()
+
+            def following() -> Any:
+                nonlocal decoding
+                if decoding is None:  # in the smaller way
+                    decoding = chunks()
+                    seen = 0
+                    for chunk in decoding:
+                        seen += chunk.shape[1]
+                        if seen > done:
+                            return chunk[:, done - seen :]
+                    return None
+                try:
+                    return next(decoding, None)
+                except jax.errors.JaxRuntimeError:
+                    decoding = None  # a generator that has raised is over
+                    raise
+
+            while (chunk := self._retrying(following)) is not None:
                 for _ in range(chunk.shape[1]):
                     advance()
+                done += chunk.shape[1]
                 yield to_uint8(chunk[0])
 
     def decode_audio(self, latents: AudioLatents) -> Float[np.ndarray, "samples 2"]:
         """The waveform of a clip, at `sample_rate_hz` of the vocoder."""
-        vae, vocoder = self.model("audio_vae"), self.model("vocoder")
-        with self.progress.stage("decode audio", 2) as advance:
-            with jax.default_matmul_precision(self.precision):
-                mel = _decode_mel(vae, latents)
-            advance()
-            with jax.default_matmul_precision("highest"):  # the vocoder is not stable in less
-                waveform = np.asarray(_vocode(vocoder, mel))[0]
-            advance()
-        return waveform
+
+        def work() -> Float[np.ndarray, "samples 2"]:
+            self.residency.turn("audio_vae", "vocoder")
+            vae, vocoder = self.model("audio_vae"), self.model("vocoder")
+            with self.progress.stage("decode audio", 2) as advance:
+                with jax.default_matmul_precision(self.precision):
+                    mel = decode_mel(vae, latents)
+                advance()
+                with jax.default_matmul_precision("highest"):  # the vocoder is not stable in less
+                    waveform = np.asarray(vocode(vocoder, mel))[0]
+                advance()
+            return waveform
+
+        return self._retrying(work)
 
     # ------------------------------------------------------------- whole clips
 
@@ -318,13 +456,19 @@ class Pipeline:
         if noise is None and settings.noise is not None:
             noise = read_noise(settings.noise)
         guidance = settings.guidance(self.configs.transformer.num_layers)
-        source = _Noise(settings.seed, noise, self.dtype)
-        positive = prompt or self.encode_prompt(settings.prompt)
+        source = Noise(settings.seed, noise, self.dtype)
+        texts = [settings.prompt] if prompt is None else []
         if negative is None and self.needs_negative(settings):
-            negative = self.encode_prompt(settings.negative_prompt)
+            texts.append(settings.negative_prompt)
+        encoded = self.encode_prompts(texts)
+        positive = prompt or encoded[0]
+        if negative is None and self.needs_negative(settings):
+            negative = encoded[-1]
 
         two_stages = settings.num_stages == 2
-        states = self._states(first, images)
+        # Images of both stages are encoded before the transformer needs the room.
+        placed = {step: self._encode_images(images, step) for step in dict.fromkeys((first, grid))}
+        states = self._states(first, placed[first])
         tokens = self.denoise(
             states,
             source.draw(states, "stage1_" if two_stages else ""),
@@ -340,7 +484,7 @@ class Pipeline:
             return latents
 
         sigmas = settings.second_schedule()
-        states = self._states(grid, images, Latents(video=self.upscale(latents.video), audio=latents.audio))
+        states = self._states(grid, placed[grid], Latents(video=self.upscale(latents.video), audio=latents.audio))
         tokens = self.denoise(
             states,
             source.draw(states, "stage2_"),
@@ -376,8 +520,16 @@ class Pipeline:
             raise CheckpointError(f"{self.folder} has no {STAGE_2_UPSCALER}, which two stages need; convert with it")
         return replace(grid, height=grid.height // stages, width=grid.width // stages), grid
 
+    def _encode_images(
+        self, images: Sequence[ImageCondition], grid: VideoGrid
+    ) -> list[tuple[ImageCondition, VideoLatents]]:
+        return [(image, self.encode_image(image, height=grid.height, width=grid.width)) for image in images]
+
     def _states(
-        self, grid: VideoGrid, images: Sequence[ImageCondition], latents: Latents | None = None
+        self,
+        grid: VideoGrid,
+        images: Sequence[tuple[ImageCondition, VideoLatents]],
+        latents: Latents | None = None,
     ) -> tuple[LatentState, LatentState]:
         """What both modalities start from, with the images placed."""
         video = video_state(
@@ -386,8 +538,7 @@ class Pipeline:
             dtype=self.dtype,
             latents=None if latents is None else latents.video,
         )
-        for condition in images:
-            image = self.encode_image(condition, height=grid.height, width=grid.width)
+        for condition, image in images:
             if condition.frame == 0:
                 video = replace_frame(video, image, grid=grid, strength=condition.strength)
             else:
@@ -409,94 +560,27 @@ class Pipeline:
         )
 
 
-def read_noise(path: Path) -> dict[str, Array]:
-    """The arrays of a noise file. Raises ValueError if it cannot be read."""
-    try:
-        with safe_open(path, "flax") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if key.startswith("in.")}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the noise file {path} cannot be read as safetensors: {error}") from error
-
-
-class _Noise:
-    """The noise of each stage: from a seed, video first and then audio, or given."""
-
-    def __init__(self, seed: int, given: Mapping[str, Any] | None, dtype: Any):
-        self.key = jax.random.key(seed)
-        self.given = given
-        self.dtype = dtype
-
-    def draw(self, states: tuple[LatentState, LatentState], prefix: str) -> Pair:
-        self.key, *keys = jax.random.split(self.key, 3)
-        return Pair(
-            *(
-                self._given(f"in.{prefix}{name}_noise", state, key)
-                if self.given is not None
-                else jax.random.normal(key, state.initial.shape, jnp.float32).astype(self.dtype)
-                for name, state, key in zip(("video", "audio"), states, keys, strict=True)
-            )
-        )
-
-    def _given(self, name: str, state: LatentState, key: Array) -> Array:
-        assert self.given is not None
-        if name not in self.given:
-            raise ValueError(f"the noise has no {name}; it has {', '.join(sorted(self.given)) or 'nothing'}")
-        noise = jnp.asarray(self.given[name])
-        expected = state.initial.shape
-        if noise.ndim != 3 or noise.shape[0] != 1 or noise.shape[2] != expected[2] or noise.shape[1] > expected[1]:
-            raise ValueError(f"{name} has shape {list(noise.shape)}; these settings need {list(expected)}")
-        appended = expected[1] - noise.shape[1]
-        if appended and appended != _appended(state):
-            raise ValueError(f"{name} has shape {list(noise.shape)}; these settings need {list(expected)}")
-        # Noise for appended images may be left out: whatever of it remains is drawn from the seed.
-        extra = jax.random.normal(key, (1, appended, expected[2]), jnp.float32)
-        return jnp.concatenate([noise.astype(jnp.float32), extra], axis=1).astype(self.dtype)
-
-
-def _appended(state: LatentState) -> int:
-    return state.initial.shape[1] - state.num_generated
-
-
-@jax.jit
-def _encode_video(vae, pixels):
-    return vae.encode(pixels)
-
-
-@jax.jit
-def _decode_video(vae, latents):
-    return vae.decode(latents)
-
-
-@jax.jit
-def _decode_mel(vae, latents):
-    return vae.decode(latents)
-
-
-@jax.jit
-def _vocode(vocoder, mel):
-    return vocoder(mel.astype(jnp.float32))
-
-
-@jax.jit
-def _upscale(upscaler, statistics, latents):
-    return upscale(upscaler, statistics, latents)
-
-
 def load_pipeline(
     checkpoint: str | Path,
     *,
     dtype: Any = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    offload: Offload = "auto",
+    keep_prompts: bool = True,
     progress: Progress | None = None,
 ) -> Pipeline:
     """Opens a folder made by `python -m convert`. Models are read when first needed.
 
     `dtype` is that of activations: float32 (the reference's numbers; the default on a CPU) or bfloat16 (the default
     elsewhere). `loras` are files with their strengths, put beside the transformer's packed weights.
+    `offload` streams the layers of large models from host memory: where a plan says so ("auto"), always ("blocks") or
+    never ("none"). `keep_prompts` keeps contexts of prompts on disk.
     Raises CheckpointError for a missing or foreign folder.
     """
     pairs = [(Path(path), float(strength)) for path, strength in loras]
-    return Pipeline(Path(checkpoint), dtype=dtype, loras=pairs, progress=progress)
+    return Pipeline(
+        Path(checkpoint), dtype=dtype, loras=pairs, offload=offload, keep_prompts=keep_prompts, progress=progress
+    )
 
 
 def save_mp4(path: str | Path, clip: Clip) -> None:

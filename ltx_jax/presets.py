@@ -1,6 +1,7 @@
-"""The configuration of LTX-2.3 as its checkpoint carries it, for packages whose files have lost their metadata.
+"""The configuration of LTX-2.3 as its files carry it: for packages that have lost their metadata, and for planning.
 
-Source: the `config` entry of the metadata of ltx-2.3-22b-*.safetensors; keys and values as published.
+Source: the `config` entry of the metadata of ltx-2.3-22b-*.safetensors and of the upscalers' files, and `config.json`
+of google/gemma-3-12b-it; keys and values as published.
 """
 
 from typing import Any
@@ -155,3 +156,38 @@ LTX_2_3: dict[str, Any] = {
 }
 
 NUM_HIDDEN_STATES = 49  # of Gemma 3 12B: embeddings and 48 layers
+
+GEMMA_3_12B: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "vocab_size": 262208,
+        "sliding_window": 1024,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }
+}
+
+
+def _upscaler(mid_channels: int, *, temporal: bool) -> dict[str, Any]:
+    return {
+        "_class_name": "LatentUpsampler",
+        "in_channels": 128,
+        "mid_channels": mid_channels,
+        "num_blocks_per_stage": 4,
+        "dims": 3,
+        "spatial_upsample": not temporal,
+        "temporal_upsample": temporal,
+    }
+
+
+UPSCALERS: dict[str, dict[str, Any]] = {
+    "upscaler_spatial_x2": _upscaler(1024, temporal=False) | {"spatial_scale": 2.0, "rational_resampler": False},
+    "upscaler_temporal_x2": _upscaler(512, temporal=True),
+}

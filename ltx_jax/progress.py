@@ -1,10 +1,30 @@
-"""Progress on the terminal: one line a stage, with its steps, time spent and time left."""
+"""What a pipeline tells while it works: nothing, or on the terminal one line a stage, with time spent and left."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Told what goes on: each stage opens once, with its number of steps, and advances."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Silent:
+    """No progress shown."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        return nullcontext(lambda: None)
+
+    def say(self, text: str) -> None:
+        pass
 
 
 class TerminalProgress:
@@ -13,16 +33,19 @@ class TerminalProgress:
     def __init__(self):
         self.console = Console(stderr=True)
 
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
         columns = (
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            bars.TextColumn("{task.description:<24}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console) as progress:
+        with bars.Progress(*columns, console=self.console) as progress:
             task = progress.add_task(name, total=total)
             yield lambda: progress.advance(task)

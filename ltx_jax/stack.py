@@ -6,11 +6,20 @@ replaces runs of equal layers by a `Stack`, and `run_layers` runs either.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+class Entered(NamedTuple):
+    """A layered model between its way in and its way out: what `enter` gives, and layers and `leave` take."""
+
+    carry: Any  # what the layers change
+    shared: Any  # what every layer reads
+    per_layer: Any  # a pytree of arrays with a leading axis over the layers, or None
+    rest: Any  # what `leave` needs besides
 
 
 class Stack(nnx.Module):
@@ -44,6 +53,17 @@ def stack_layers(layers: Sequence[nnx.Module]) -> nnx.List:
             runs.append([layer])
         last = kind
     return nnx.List([run[0] if isinstance(run[0], Stack) else Stack(run) for run in runs])
+
+
+def layer_lists(model: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
+    """The lists of layers of a layered model: dotted name (`video.blocks`) -> its owner, and its attribute there."""
+    lists = {}
+    for prefix in ("", "video.", "audio."):
+        owner = getattr(model, prefix[:-1], None) if prefix else model
+        for attribute in ("blocks", "layers"):
+            if isinstance(getattr(owner, attribute, None), nnx.List):
+                lists[f"{prefix}{attribute}"] = (owner, attribute)
+    return lists
 
 
 def locate(model: nnx.Module, path: str) -> tuple[tuple[str | int, ...], int | None]:

@@ -25,8 +25,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 from tokenizers import Tokenizer
 
-from ltx_jax.models.connector import Contexts, TextConnectors
+from ltx_jax.models.connector import Connector, Contexts, FeatureExtractor, TextConnectors
 from ltx_jax.models.gemma import Gemma, HiddenStates
+from ltx_jax.offload import Streamed
+from ltx_jax.stack import Entered
 
 TEXT_LENGTH = 1024  # tokens that LTX-2.3 was trained on; a tokenizer may set a smaller limit
 
@@ -150,32 +152,91 @@ def tokenize(
     )
 
 
-@partial(jax.jit, static_argnames="dtype")
 def text_hidden_states(
-    gemma: Gemma, token_ids: Int[Array, "prompts tokens"], mask: Bool[Array, "prompts tokens"], *, dtype: DTypeLike
+    gemma: Gemma | Streamed,
+    token_ids: Int[Array, "prompts tokens"],
+    mask: Bool[Array, "prompts tokens"],
+    *,
+    dtype: DTypeLike,
 ) -> HiddenStates:
     """The states of all of Gemma's layers, computed in `dtype`. A row does not depend on the others."""
+    if not isinstance(gemma, Streamed):
+        return read_text(gemma, token_ids, mask, dtype=dtype)
+    entered = enter_gemma(gemma.rest, token_ids, mask, dtype=dtype)
+    x, states = gemma.layers["layers"].run(Gemma.step, entered.carry, entered.shared, entered.per_layer)
+    return leave_gemma(gemma.rest, x, states, entered.rest)
+
+
+def text_contexts(
+    connectors: TextConnectors | Streamed, hidden_states: HiddenStates, mask: Bool[Array, "prompts tokens"]
+) -> Contexts:
+    """The contexts of both streams, in the dtype of the hidden states. A row does not depend on the others."""
+    if not isinstance(connectors, Streamed):
+        return connect(connectors, hidden_states, mask)
+    contexts = []
+    features = project(connectors.rest.projection, hidden_states, mask)
+    for name, x in zip(("video", "audio"), features, strict=True):
+        connector = getattr(connectors.rest, name)
+        entered = enter_connector(connector, x, mask)
+        x, outs = connectors.layers[f"{name}.blocks"].run(Connector.step, entered.carry, entered.shared, None)
+        contexts.append(leave_connector(connector, x, outs, entered.rest))
+    return Contexts(*contexts)
+
+
+# The compiled programs, for resident models and, with `enter` and `leave`, for streamed ones.
+
+
+@partial(jax.jit, static_argnames="dtype")
+def read_text(gemma: Gemma, token_ids, mask, *, dtype: DTypeLike) -> HiddenStates:
     return gemma(token_ids, mask, dtype=dtype)
 
 
 @jax.jit
-def text_contexts(
-    connectors: TextConnectors, hidden_states: HiddenStates, mask: Bool[Array, "prompts tokens"]
-) -> Contexts:
-    """The contexts of both streams, in the dtype of the hidden states. A row does not depend on the others."""
+def connect(connectors: TextConnectors, hidden_states: HiddenStates, mask) -> Contexts:
     return connectors(hidden_states, mask)
 
 
+@partial(jax.jit, static_argnames="dtype")
+def enter_gemma(rest: Gemma, token_ids, mask, *, dtype: DTypeLike) -> Entered:
+    return rest.enter(token_ids, mask, dtype=dtype)
+
+
+@jax.jit
+def leave_gemma(rest: Gemma, x, states, more) -> HiddenStates:
+    return rest.leave(x, states, more)
+
+
+@jax.jit
+def project(projection: FeatureExtractor, hidden_states: HiddenStates, mask) -> Contexts:
+    return projection(hidden_states, mask)
+
+
+@jax.jit
+def enter_connector(rest: Connector, features, mask) -> Entered:
+    return rest.enter(features, mask)
+
+
+@jax.jit
+def leave_connector(rest: Connector, x, outs, more):
+    return rest.leave(x, outs, more)
+
+
 def encode_prompts(
-    gemma: Gemma, connectors: TextConnectors, tokenizer: PromptTokenizer, prompts: Sequence[str], dtype: DTypeLike
+    gemma: Gemma | Streamed,
+    connectors: TextConnectors | Streamed,
+    tokenizer: PromptTokenizer,
+    prompts: Sequence[str],
+    dtype: DTypeLike,
 ) -> Contexts:
     """The contexts of all prompts, a row each, computed in `dtype`; hidden states of one prompt are alive at a time.
 
     Raises TextError if the three do not belong together.
     """
-    tokenizer.check_vocabulary(gemma.config.vocab_size)
-    gives = gemma.config.num_layers + 1, gemma.config.hidden_dim
-    takes = connectors.config.num_hidden_states, connectors.config.hidden_dim
+    encoder = gemma.rest if isinstance(gemma, Streamed) else gemma
+    reader = connectors.rest if isinstance(connectors, Streamed) else connectors
+    tokenizer.check_vocabulary(encoder.config.vocab_size)
+    gives = encoder.config.num_layers + 1, encoder.config.hidden_dim
+    takes = reader.config.num_hidden_states, reader.config.hidden_dim
     if gives != takes:
         raise TextError(
             f"the text encoder gives {gives[0]} hidden states of width {gives[1]}, but the connectors were made for "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-VideoLatents = Float[Array, "batch frames height width channels"]
+VideoLatents = Float[Array | np.ndarray, "batch frames height width channels"]
 Axes = tuple[int, int, int]  # time, height, width
 
 

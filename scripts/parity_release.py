@@ -82,7 +82,7 @@ class Release:
         """Runs `python -m convert` as a user would."""
         command = [sys.executable, "-m", "convert", str(self.package), str(checkpoint)]
         if self.gemma is not None:
-            command += ["--gemma", str(self.gemma)]
+            command += ["--gemma", str(self.gemma), "--gemma-bits", "16"]  # as the reference ran it
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         note = "" if done.returncode == 0 else (done.stderr or done.stdout)[-400:]
         return Row(case="convert", error=0.0, tolerance=0.0, ok=done.returncode == 0, note=note)

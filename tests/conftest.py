@@ -1,6 +1,8 @@
 """Shared by all tests: where the reference data lies, and models filled from a published checkpoint."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from safetensors.numpy import load_file
 from scripts.parity_cases import fill
 
 DATA = Path(__file__).parent / "data"
+
+# Tests neither read nor leave anything in the user's cache; each worker has its own.
+os.environ["LTX_JAX_CACHE"] = tempfile.mkdtemp(prefix="ltx-jax-tests-")
+# A CUDA plug-in that is there to compile for named cards would otherwise look for one to run on.
+jax.config.update("jax_platforms", "cpu")
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -42,11 +49,11 @@ def reference(ltx_dir: Path) -> Callable[[str], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def mini_checkpoint(mini_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature release, converted."""
+    """The miniature release, converted; its text encoder unpacked, as the reference ran it."""
     from convert import convert
 
     dest = tmp_path_factory.mktemp("checkpoint") / "mini"
-    convert(mini_release / "LTX-2.3-22B-PolarQuant-Q5", dest, gemma=mini_release / "gemma-3-mini")
+    convert(mini_release / "LTX-2.3-22B-PolarQuant-Q5", dest, gemma=mini_release / "gemma-3-mini", gemma_bits=16)
     return dest
 
 

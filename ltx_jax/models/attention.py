@@ -1,7 +1,12 @@
 """Multi-head attention with RMS-normalised queries and keys, rotary positions and a gate per head; feed-forward.
 
+The scores of all queries with all keys are never in memory for long sequences: see `attend`.
+
 Source: `attention.py` and `feed_forward.py` in Lightricks/LTX-2; Vaswani et al., https://arxiv.org/abs/1706.03762.
 """
+
+from functools import cache
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,15 @@ from jaxtyping import Array, Float
 from ltx_jax.models.rope import Rotary, apply_rotary
 
 Tokens = Float[Array, "batch tokens channels"]
+Queries = Float[Array, "batch queries heads head_dim"]
+Keys = Float[Array, "batch keys heads head_dim"]
+ScoreBias = Float[Array, "#batch 1 #queries keys"]
+
+# chunked: XLA's own, queries in slices where there are many scores; cudnn: the fused kernel of NVIDIA's library.
+AttentionForm = Literal["chunked", "cudnn"]
+ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
+
+SLICE_BYTES = 2**28  # of float32 scores that one sample, or one slice of its queries, may need
 
 
 def mask_to_bias(mask: Float[Array, "batch queries keys"]) -> Float[Array, "batch 1 queries keys"]:
@@ -19,6 +33,66 @@ def mask_to_bias(mask: Float[Array, "batch queries keys"]) -> Float[Array, "batc
     mask = mask.astype(jnp.float32)
     bias = jnp.where(mask > 0, jnp.log(jnp.maximum(mask, jnp.finfo(jnp.float32).tiny)), jnp.finfo(jnp.float32).min)
     return bias[:, None]
+
+
+def attend(q: Queries, k: Keys, v: Keys, *, bias: ScoreBias | None = None, form: AttentionForm = "chunked") -> Queries:
+    """Softmax attention of every head, scores in float32; `bias` is added to them.
+
+    "cudnn" needs a card and 16-bit values, and so leaves float32 and biased attention to "chunked".
+    """
+    if form == "cudnn" and bias is None and q.dtype != jnp.float32:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    queries, keys = q.shape[1], k.shape[1]
+    size = SLICE_BYTES // (4 * q.shape[2] * keys)  # queries a slice
+    if size >= queries:
+        return jax.nn.dot_product_attention(q, k, v, bias=bias)
+    size = max(size // 64, 1) * 64
+    num_slices = -(-queries // size)
+    padding = num_slices * size - queries
+
+    def one_sample(arrays):  # one sample's tokens: `[tokens, heads, head_dim]`
+        q, k, v, bias = arrays
+        q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
+        slices = rearrange(q, "(n s) h d -> n s h d", s=size)
+        if bias is None or bias.shape[1] == 1:  # one row of bias serves all queries
+            y = jax.lax.map(lambda q: jax.nn.dot_product_attention(q, k, v, bias=bias), slices)
+        else:
+            bias = rearrange(jnp.pad(bias, ((0, 0), (0, padding), (0, 0))), "one (n s) k -> n one s k", s=size)
+            y = jax.lax.map(lambda one: jax.nn.dot_product_attention(one[0], k, v, bias=one[1]), (slices, bias))
+        return rearrange(y, "n s h d -> (n s) h d")[:queries]
+
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (q.shape[0], *bias.shape[1:]))
+    return jax.lax.map(one_sample, (q, k, v, bias))
+
+
+@cache
+def has_cudnn_attention(device: jax.Device) -> bool:
+    """Whether cuDNN's attention runs on a device at hand with this model's head sizes, and agrees with XLA's."""
+    if device.platform != "gpu":
+        return False
+    keys = jax.random.split(jax.random.key(0), 3)
+    with jax.default_device(device):
+        for head_dim in (64, 128):
+            q, k, v = (jax.random.normal(key, (1, 192, 4, head_dim), jnp.bfloat16) for key in keys)
+            try:
+                fused = attend(q, k, v, form="cudnn")
+            except Exception:  # a missing library, an old card or driver: each fails in its own way
+                return False
+            # Both round their result to bfloat16, after sums in float32 in another order.
+            difference = jnp.max(jnp.abs(fused.astype(jnp.float32) - attend(q, k, v).astype(jnp.float32)))
+            if not float(difference) < 0.02:
+                return False
+    return True
+
+
+def set_attention_form(model: nnx.Module, form: AttentionForm) -> None:
+    """Sets the form of every `Attention` of a model, in place."""
+    if form not in ATTENTION_FORMS:
+        raise ValueError(f"the attention form must be one of {', '.join(ATTENTION_FORMS)}, got {form!r}")
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Attention):
+            module.form = form
 
 
 class Attention(nnx.Module):
@@ -40,6 +114,7 @@ class Attention(nnx.Module):
     ):
         inner = num_heads * head_dim
         self.num_heads = num_heads
+        self.form: AttentionForm = "chunked"
         self.to_q = nnx.Linear(dim, inner, rngs=rngs)
         self.to_k = nnx.Linear(context_dim, inner, rngs=rngs)
         self.to_v = nnx.Linear(context_dim, inner, rngs=rngs)
@@ -68,7 +143,7 @@ class Attention(nnx.Module):
         q, k, v = (rearrange(y, "b t (h d) -> b t h d", h=self.num_heads) for y in (q, k, v))
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, context_rotary or rotary)
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias)
+        y = attend(q, k, v, bias=bias, form=self.form)
         if keep is not None:
             kept = keep.astype(y.dtype)[:, None, None, None]
             y = kept * y + (1 - kept) * v

@@ -19,7 +19,7 @@ from ltx_jax.models.adaln import rms_norm
 from ltx_jax.models.attention import Attention, FeedForward, Tokens
 from ltx_jax.models.gemma import HiddenStates
 from ltx_jax.models.rope import Rotary, rotary_tables
-from ltx_jax.stack import run_layers
+from ltx_jax.stack import Entered, run_layers
 
 Mask = Bool[Array, "batch tokens"]
 FEATURE_EPS = 1e-6  # of the norm before the projection
@@ -84,6 +84,14 @@ class Connector(nnx.Module):
 
     def __call__(self, features: Tokens, mask: Mask) -> Tokens:
         """Raises ValueError for a length that is no multiple of the number of registers."""
+        entered = self.enter(features, mask)
+        x, _ = run_layers(
+            self.blocks, lambda block, x, _: self.step(block, x, entered.shared, None), entered.carry, entered.per_layer
+        )
+        return self.leave(x, None, entered.rest)
+
+    def enter(self, features: Tokens, mask: Mask) -> Entered:
+        """All that comes before the blocks."""
         config = self.config
         x = self.replace_padding(features, mask)
         positions = jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None]
@@ -94,8 +102,16 @@ class Connector(nnx.Module):
             theta=config.rope_theta,
             dtype=x.dtype,
         )
-        x, _ = run_layers(self.blocks, lambda block, x, _: (block(x, rotary), None), x)
-        return rms_norm(x, config.eps)
+        return Entered(carry=x, shared=rotary, per_layer=None, rest=None)
+
+    @staticmethod
+    def step(block: ConnectorBlock, x: Tokens, rotary: Rotary, per_layer: None) -> tuple[Tokens, None]:
+        """One block further."""
+        return block(x, rotary), None
+
+    def leave(self, x: Tokens, outs: None, rest: None) -> Tokens:
+        """All that comes behind the blocks."""
+        return rms_norm(x, self.config.eps)
 
     def replace_padding(self, features: Tokens, mask: Mask) -> Tokens:
         """Moves the prompt's tokens to the front, in order; the places behind take the register of their position."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ltx_jax.config import GemmaConfig
 from ltx_jax.models.rope import Rotary, apply_rotary
-from ltx_jax.stack import run_layers
+from ltx_jax.stack import Entered, run_layers
 
 Hidden = Float[Array, "batch tokens hidden"]
 HiddenStates = Float[Array, "states batch tokens hidden"]
@@ -104,6 +104,19 @@ class Gemma(nnx.Module):
         as positions, and what comes out of padded tokens is finite but means nothing. All computation is in `dtype`,
         whatever the weights are stored in; statistics, softmax and angles are float32.
         """
+        entered = self.enter(token_ids, mask, dtype=dtype)
+        x, states = run_layers(
+            self.layers,
+            lambda layer, x, sliding: self.step(layer, x, entered.shared, sliding),
+            entered.carry,
+            entered.per_layer,
+        )
+        return self.leave(x, states, entered.rest)
+
+    def enter(
+        self, token_ids: Int[Array, "batch tokens"], mask: Bool[Array, "batch tokens"], *, dtype: DTypeLike
+    ) -> Entered:
+        """All that comes before the layers: embeddings, rotary tables and masks."""
         config = self.config
         # The factor is rounded as the embedding is: 62 rather than 61.97 for the 12 B model in bfloat16.
         x = self.embed(token_ids).astype(dtype) * jnp.asarray(config.hidden_dim**0.5, dtype)
@@ -115,13 +128,19 @@ class Gemma(nnx.Module):
             rotary_tables(length, config.head_dim, theta=config.rope_local_theta, scale=1.0, dtype=dtype),
         )
 
-        def step(layer: Layer, x: Hidden, sliding: Bool[Array, ""]) -> tuple[Hidden, Hidden]:
-            layer_rotary, layer_mask = jax.tree.map(
-                lambda whole, local: jnp.where(sliding, local, whole), (rotary[0], masks[0]), (rotary[1], masks[1])
-            )
-            return layer(x, layer_rotary, layer_mask), x  # the state before each layer is kept
+        return Entered(carry=x, shared=(rotary, masks), per_layer=jnp.asarray(config.sliding_layers), rest=None)
 
-        x, states = run_layers(self.layers, step, x, jnp.asarray(config.sliding_layers))
+    @staticmethod
+    def step(layer: Layer, x: Hidden, shared, sliding: Bool[Array, ""]) -> tuple[Hidden, Hidden]:
+        """One layer further, and the state before it."""
+        rotary, masks = shared
+        layer_rotary, layer_mask = jax.tree.map(
+            lambda whole, local: jnp.where(sliding, local, whole), (rotary[0], masks[0]), (rotary[1], masks[1])
+        )
+        return layer(x, layer_rotary, layer_mask), x
+
+    def leave(self, x: Hidden, states: Float[Array, "layers batch tokens hidden"], rest: None) -> HiddenStates:
+        """The states before all layers, and the last layer's output, normalised."""
         return jnp.concatenate([states, self.norm(x)[None]])
 
 

@@ -10,33 +10,35 @@ Source: `model.py`, `transformer.py` and `transformer_args.py` in Lightricks/LTX
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from ltx_jax.abstract import tree_dataclass
 from ltx_jax.config import StreamConfig, TransformerConfig
 from ltx_jax.models.adaln import AdaLN, layer_norm, modulate, rms_norm
 from ltx_jax.models.attention import Attention, FeedForward, Tokens, mask_to_bias
 from ltx_jax.models.rope import Rotary, position_fractions, rotary_tables
-from ltx_jax.stack import run_layers
+from ltx_jax.stack import Entered, run_layers
 
 VideoTokens = Float[Array, "batch video_tokens video_dim"]
 AudioTokens = Float[Array, "batch audio_tokens audio_dim"]
 
 
-@jax.tree_util.register_dataclass
+@tree_dataclass
 @dataclass(frozen=True, kw_only=True)
 class StreamInput:
     """What one modality brings to a forward pass. Noise levels are in [0, 1]."""
 
     tokens: Float[Array, "batch tokens channels"]  # noisy latents, patchified
-    timesteps: Float[Array, "batch #tokens"]  # of each token: its denoise mask times sigma; one column if all equal
+    timesteps: Float[Array, "batch levels"]  # denoise mask times sigma: of each token, or one column if all equal
     sigma: Float[Array, "batch"]  # of the sample; 0 for a frozen modality
     positions: Float[Array, "#batch tokens axes 2"]  # [start, end) in seconds, then pixels
     context: Float[Array, "batch keys context_dim"]
     context_mask: Float[Array, "batch keys"] | None = None
     self_mask: Float[Array, "#batch tokens tokens"] | None = None  # in [0, 1]; fractions weaken attention
+    # Where few timesteps are shared by many tokens: the column of `timesteps` that each token has.
+    level: Int[Array, " tokens"] | None = None
     enabled: bool = field(default=True, metadata={"static": True})
 
 
@@ -56,14 +58,19 @@ class Keep(NamedTuple):
     video_to_audio: Float[Array, "*layers batch"]
 
 
-@jax.tree_util.register_dataclass
+@tree_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """One stream's modulation, rotary tables and text for all blocks of a forward pass."""
+    """One stream's modulation, rotary tables and text for all blocks of a forward pass.
 
-    rows: Float[Array, "batch #tokens 9 dim"]  # #tokens: one row where all tokens share a timestep
+    Modulation is held for the distinct timesteps alone, as every token's own would be larger than the model's
+    activations; it is spread over the tokens where it is used, within the kernel that uses it.
+    """
+
+    rows: Float[Array, "batch levels 9 dim"]
     prompt_rows: Float[Array, "batch 1 2 dim"]
-    cross_rows: Float[Array, "batch #tokens 4 dim"] | None  # None where the other stream is absent
+    cross_rows: Float[Array, "batch levels 4 dim"] | None  # None where the other stream is absent
+    level: Int[Array, " tokens"] | None
     cross_gate: Float[Array, "batch 1 1 dim"] | None
     rotary: Rotary
     cross_rotary: Rotary | None
@@ -71,6 +78,15 @@ class Conditioning:
     context_bias: Float[Array, "batch 1 1 keys"] | None
     self_bias: Float[Array, "#batch 1 tokens tokens"] | None
     enabled: bool = field(metadata={"static": True})
+
+    def spread(self, rows: Float[Array, "batch levels dim"]) -> Float[Array, "batch #tokens dim"]:
+        """Modulation of each level to that of each token."""
+        return spread(rows, self.level)
+
+
+def spread(rows: Float[Array, "batch levels dim"], level: Int[Array, " tokens"] | None):
+    """The row of each token; as it is where rows are already those of tokens, or one serves all."""
+    return rows if level is None else rows.at[:, level].get(mode="promise_in_bounds")
 
 
 class StreamBlock(nnx.Module):
@@ -89,7 +105,7 @@ class StreamBlock(nnx.Module):
     def rows(self, cond: Conditioning, start: int) -> list[Tokens]:
         """Shift, scale and gate from three rows: 0 self-attention, 3 feed-forward, 6 attention to the text."""
         table = self.scale_shift_table.get_value().astype(cond.rows.dtype)
-        return [table[i] + cond.rows[:, :, i] for i in range(start, start + 3)]
+        return [cond.spread(table[i] + cond.rows[:, :, i]) for i in range(start, start + 3)]
 
     def attend(self, x: Tokens, cond: Conditioning, keep: Float[Array, "batch"] | None) -> Tokens:
         """Self-attention, then attention to the text."""
@@ -109,7 +125,8 @@ class StreamBlock(nnx.Module):
         """This stream as audio-to-video and as video-to-audio attention read it. Here scale comes before shift."""
         assert cond.cross_rows is not None
         table = self.cross_scale_shift_table.get_value().astype(n.dtype)
-        scale_a2v, shift_a2v, scale_v2a, shift_v2a = (table[i] + cond.cross_rows[:, :, i] for i in range(4))
+        rows = (cond.spread(table[i] + cond.cross_rows[:, :, i]) for i in range(4))
+        scale_a2v, shift_a2v, scale_v2a, shift_v2a = rows
         return modulate(n, shift_a2v, scale_a2v), modulate(n, shift_v2a, scale_v2a)
 
     def cross_gate(self, cond: Conditioning) -> Float[Array, "batch 1 dim"]:
@@ -194,7 +211,7 @@ class Stream(nnx.Module):
 
     def condition(
         self, x: StreamInput, other: StreamInput | None, *, cross_max_seconds: float
-    ) -> tuple[Conditioning, Float[Array, "batch #tokens dim"]]:
+    ) -> tuple[Conditioning, Float[Array, "batch levels dim"]]:
         """Everything the blocks need, and the timestep embedding that the output needs.
 
         Scale and shift between the streams follow this stream's own timesteps, the gate the other's sigma (the rule
@@ -224,6 +241,7 @@ class Stream(nnx.Module):
             prompt_rows=prompt_rows,
             cross_rows=cross_rows,
             cross_gate=cross_gate,
+            level=x.level,
             rotary=rotary,
             cross_rotary=cross_rotary,
             context=x.context.astype(dtype),
@@ -234,11 +252,14 @@ class Stream(nnx.Module):
         return conditioning, embedding
 
     def velocity(
-        self, x: Float[Array, "batch tokens dim"], embedding: Float[Array, "batch #tokens dim"]
+        self,
+        x: Float[Array, "batch tokens dim"],
+        embedding: Float[Array, "batch levels dim"],
+        level: Int[Array, " tokens"] | None,
     ) -> Float[Array, "batch tokens out_channels"]:
         """The blocks' output to velocities, modulated by the timestep embedding."""
         table = self.scale_shift_table.get_value().astype(x.dtype)
-        shift, scale = table[0] + embedding, table[1] + embedding
+        shift, scale = spread(table[0] + embedding, level), spread(table[1] + embedding, level)
         return self.proj_out(modulate(layer_norm(x, self.model.eps), shift, scale))
 
 
@@ -256,23 +277,43 @@ class Transformer(nnx.Module):
         self, video: StreamInput | None = None, audio: StreamInput | None = None, *, keep: Keep | None = None
     ) -> Velocity:
         """Predicts the velocity of each present modality. `keep` arrays have axes layer, sample."""
+        entered = self.enter(video, audio, keep=keep)
+        streams, _ = run_layers(
+            self.blocks,
+            lambda block, streams, keep: self.step(block, streams, entered.shared, keep),
+            entered.carry,
+            entered.per_layer,
+        )
+        return self.leave(streams, None, entered.rest)
+
+    def enter(self, video: StreamInput | None, audio: StreamInput | None, *, keep: Keep | None = None) -> Entered:
+        """All that comes before the blocks: both streams' hidden tokens and conditioning."""
         # Both streams share one time range in the attention between them.
         seconds = max(self.config.video.max_pos[0], self.config.audio.max_pos[0])
-        video_cond = audio_cond = video_embedding = audio_embedding = None
-        if video is not None:
-            video_cond, video_embedding = self.video.condition(video, audio, cross_max_seconds=seconds)
-        if audio is not None:
-            audio_cond, audio_embedding = self.audio.condition(audio, video, cross_max_seconds=seconds)
+        hidden, conditioning, outputs = [], [], []
+        for stream, x, other in ((self.video, video, audio), (self.audio, audio, video)):
+            if x is None:
+                hidden.append(None)
+                conditioning.append(None)
+                outputs.append((None, None))
+                continue
+            cond, embedding = stream.condition(x, other, cross_max_seconds=seconds)
+            hidden.append(stream.patchify(x.tokens))
+            conditioning.append(cond)
+            outputs.append((embedding, x.level))
+        return Entered(carry=tuple(hidden), shared=tuple(conditioning), per_layer=keep, rest=tuple(outputs))
 
-        x = None if video is None else self.video.patchify(video.tokens)
-        ax = None if audio is None else self.audio.patchify(audio.tokens)
+    @staticmethod
+    def step(block: Block, streams, conditioning, keep: Keep | None):
+        """One block further."""
+        x, ax = streams
+        video, audio = conditioning
+        return block(x, ax, video, audio, keep), None
 
-        def step(block: Block, streams, layer_keep: Keep | None):
-            x, ax = streams
-            return block(x, ax, video_cond, audio_cond, layer_keep), None
-
-        (x, ax), _ = run_layers(self.blocks, step, (x, ax), keep)
-        return Velocity(
-            None if video_embedding is None else self.video.velocity(x, video_embedding),
-            None if audio_embedding is None else self.audio.velocity(ax, audio_embedding),
+    def leave(self, streams, outs: None, rest) -> Velocity:
+        """All that comes behind the blocks."""
+        velocities = (
+            None if embedding is None else stream.velocity(x, embedding, level)
+            for stream, x, (embedding, level) in zip((self.video, self.audio), streams, rest, strict=True)
         )
+        return Velocity(*velocities)

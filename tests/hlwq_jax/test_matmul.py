@@ -11,7 +11,7 @@ from .conftest import random_quantized
 # Relative error of the product. float32: "exact" multiplies the decoder's own weight, but for a value in ten thousand
 # that float32 sums in another order round to the next bfloat16; the other forms skip that rounding (2^-9 at most,
 # 0.0016 root mean square). bfloat16: rounding the output alone gives 0.0016, and weight and rotated input are rounded
-# once each.
+# once each. "fused" has the bits of "rotate_weight".
 TOLERANCE = {
     ("float32", "exact"): 5e-5,
     ("float32", "rotate_input"): 0.003,
@@ -20,6 +20,8 @@ TOLERANCE = {
     ("bfloat16", "rotate_input"): 0.006,
     ("bfloat16", "rotate_weight"): 0.006,
 }
+for dtype in "float32", "bfloat16":
+    TOLERANCE[dtype, "fused"] = TOLERANCE[dtype, "rotate_weight"]
 
 
 def operands(weight: Quantized) -> tuple[Array, Array | None, Array, Array]:
@@ -70,8 +72,24 @@ def test_layers_that_share_x_share_one_rotation():
     assert text.count(" dot(") + text.count('custom_call_target="__onednn$matmul"') == 4
 
 
-def test_gradients_reach_x_and_nothing_else():
-    weight = random_quantized(24, 300)
+@pytest.mark.parametrize(("out", "slice_outputs"), [(1024, 512), (1200, 400), (521, 521)])
+def test_float32_products_unpack_slices_of_the_outputs(out, slice_outputs):
+    weight = random_quantized(out, 256)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 256)), jnp.float32)
+    product = jax.jit(lambda x, *parts: quantized_matmul(x, *parts, bits=5, block_size=128))
+    compiled = product.lower(x, *operands(weight)).compile()
+    text = compiled.as_text()
+    assert text is not None
+    assert f"f32[{slice_outputs},256]" in text
+    assert slice_outputs == out or f"f32[{out},256]" not in text
+    expected = np.asarray(x) @ weight.dequantize().astype(np.float32).T
+    y = compiled(x, *operands(weight))
+    assert np.linalg.norm(y - expected) / np.linalg.norm(expected) < TOLERANCE["float32", "exact"]
+
+
+@pytest.mark.parametrize("out", [24, 1024])  # whole, and in slices
+def test_gradients_reach_x_and_nothing_else(out):
+    weight = random_quantized(out, 300)
     lo, hi, norms, levels = operands(weight)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 300)), jnp.float32)
 

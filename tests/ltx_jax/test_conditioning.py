@@ -32,7 +32,8 @@ def test_an_image_replaces_the_first_latent_frame(state, image):
     noisy = placed.noised(jnp.zeros_like(placed.initial))
     np.testing.assert_allclose(noisy[0, :6], 0.9 * 5, rtol=1e-6)  # a tenth of it is noise, here zero
     np.testing.assert_array_equal(noisy[0, 6:], 0)
-    np.testing.assert_allclose(placed.timesteps(0.5)[0], [0.05] * 6 + [0.5] * 6, rtol=1e-6)
+    np.testing.assert_allclose(placed.timesteps(0.5), [[0.05, 0.5]], rtol=1e-6)  # one of each kind
+    np.testing.assert_allclose(placed.token_timesteps(0.5)[0], [0.05] * 6 + [0.5] * 6, rtol=1e-6)
     np.testing.assert_allclose(placed.hold(jnp.zeros_like(noisy))[0, :6], 4.5, rtol=1e-6)
 
 
@@ -55,4 +56,4 @@ def test_a_frozen_modality_keeps_its_latents():
     state = frozen(video_state(GRID, channels=2, dtype=jnp.float32, latents=latents))
     assert state.frozen
     np.testing.assert_array_equal(state.noised(jnp.zeros_like(state.initial)), 2)
-    np.testing.assert_array_equal(state.timesteps(0.5), np.zeros((1, 12)))
+    np.testing.assert_array_equal(state.token_timesteps(0.5), np.zeros((1, 12)))

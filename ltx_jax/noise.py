@@ -1,0 +1,58 @@
+"""The noise that denoising starts from: drawn from a seed, or given in a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from safetensors import SafetensorError, safe_open
+
+from ltx_jax.conditioning import LatentState
+from ltx_jax.denoise import Pair
+
+
+def read_noise(path: Path) -> dict[str, Array]:
+    """The arrays of a noise file. Raises ValueError if it cannot be read."""
+    try:
+        with safe_open(path, "flax") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key.startswith("in.")}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the noise file {path} cannot be read as safetensors: {error}") from error
+
+
+class Noise:
+    """The noise of each stage: from a seed, video first and then audio, or given."""
+
+    def __init__(self, seed: int, given: Mapping[str, Any] | None, dtype: Any):
+        self.key = jax.random.key(seed)
+        self.given = given
+        self.dtype = dtype
+
+    def draw(self, states: tuple[LatentState, LatentState], prefix: str) -> Pair:
+        """The next stage's noise. Raises ValueError where what was given does not fit."""
+        self.key, *keys = jax.random.split(self.key, 3)
+        return Pair(
+            *(
+                self._given(f"in.{prefix}{name}_noise", state, key)
+                if self.given is not None
+                else jax.random.normal(key, state.initial.shape, jnp.float32).astype(self.dtype)
+                for name, state, key in zip(("video", "audio"), states, keys, strict=True)
+            )
+        )
+
+    def _given(self, name: str, state: LatentState, key: Array) -> Array:
+        assert self.given is not None
+        if name not in self.given:
+            raise ValueError(f"the noise has no {name}; it has {', '.join(sorted(self.given)) or 'nothing'}")
+        noise = jnp.asarray(self.given[name])
+        expected = state.initial.shape
+        if noise.ndim != 3 or noise.shape[0] != 1 or noise.shape[2] != expected[2] or noise.shape[1] > expected[1]:
+            raise ValueError(f"{name} has shape {list(noise.shape)}; these settings need {list(expected)}")
+        appended = expected[1] - noise.shape[1]
+        if appended and appended != expected[1] - state.num_generated:
+            raise ValueError(f"{name} has shape {list(noise.shape)}; these settings need {list(expected)}")
+        # Noise for appended images may be left out: whatever of it remains is drawn from the seed.
+        extra = jax.random.normal(key, (1, appended, expected[2]), jnp.float32)
+        return jnp.concatenate([noise.astype(jnp.float32), extra], axis=1).astype(self.dtype)
