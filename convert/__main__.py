@@ -14,6 +14,7 @@ from convert.writer import convert
 from hlwq_jax import FormatError
 from ltx_jax.checkpoint import CheckpointError
 from ltx_jax.config import ConfigError
+from ltx_jax.environment import prepare
 from ltx_jax.text import TextError
 
 Positional = tyro.conf.Positional
@@ -57,6 +58,7 @@ class Inspect:
 def main(argv: list[str] | None = None) -> int:
     """Runs; returns 0, or 2 for a source or destination that is refused, with the reason on standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    prepare()
     try:
         if argv[:1] == ["inspect"]:
             asked = tyro.cli(Inspect, args=argv[1:], prog="python -m convert inspect")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.files import ConvertError
-from hlwq_jax import LazyTensor, TableName, dequantize, pack_planes, plane_widths, quantize
+from hlwq_jax import FormatError, LazyTensor, TableName, dequantize, pack_planes, plane_widths, quantize
 from hlwq_jax.quantize import rows_at_once
 from ltx_jax.checkpoint import QuantizedShape
 
@@ -29,7 +29,7 @@ GROUPS: Mapping[str, tuple[str, re.Pattern[str]]] = {
     "adaln": ("transformer", re.compile(r"(video|audio)\.\w*adaln\.\w+")),
 }
 OPTIONAL = tuple(group for group in GROUPS if group != GEMMA)
-_ERROR_ROWS = 16  # every which row is decoded again to measure the error: a tenth of the time of quantising
+_ERROR_ROWS = 16  # one row in so many is decoded again, to measure the error: a twentieth of the time of quantising
 _THREADS = min(4, os.cpu_count() or 1)  # each needs 0.1 GB for its slice
 
 
@@ -62,6 +62,16 @@ class Quantizing:
                 return group
         return None
 
+    def pack(self, tensor: LazyTensor, group: str) -> "QuantizedTensor":
+        """Packs a weight of a group. Raises ConvertError, with the option that leaves it out, where it cannot be."""
+        try:
+            return quantize_tensor(tensor, bits=self.bits[group])
+        except FormatError:  # a damaged file
+            raise
+        except ValueError as error:
+            otherwise = f"--gemma-bits {UNPACKED_BITS}" if group == GEMMA else f"{group} left out of --quantize"
+            raise ConvertError(f"{tensor.where} cannot be quantised: {error}; convert with {otherwise}") from error
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
@@ -75,7 +85,8 @@ class QuantizedTensor:
 def quantize_tensor(tensor: LazyTensor, *, bits: int) -> QuantizedTensor:
     """Packs a published weight `[out, in]` slice by slice: it is never in memory as a whole.
 
-    The bits are those of `hlwq_jax.quantize` of the whole. Raises ConvertError for values that cannot be packed.
+    The bits are those of `hlwq_jax.quantize` of the whole. Raises ValueError for values that it refuses, FormatError
+    for a file that ends early.
     """
     out_features, in_features = tensor.shape
     num_blocks = -(-in_features // BLOCK_SIZE)
@@ -90,7 +101,7 @@ def quantize_tensor(tensor: LazyTensor, *, bits: int) -> QuantizedTensor:
         try:
             quantized = quantize(weight, bits=bits, block_size=BLOCK_SIZE, table=TABLE)
         except ValueError as error:
-            raise ConvertError(f"{tensor.where} cannot be quantised: from row {start} on, {error}") from error
+            raise ValueError(f"in rows {place.start} to {place.stop}, {error}") from error
         lo[place], high = pack_planes(quantized.codes, bits)
         if high is not None:
             hi[place] = high

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from convert.files import ConvertError, Source, open_source
 from convert.inventory import Inventory, take_inventory
 from convert.mapping import Step
-from convert.quantizing import BITS, BLOCK_SIZE, GROUPS, TABLE, Quantizing, packed_bytes, quantize_tensor
+from convert.quantizing import BITS, BLOCK_SIZE, GROUPS, TABLE, Quantizing, packed_bytes
 from convert.report import Report, make_report, size_text, to_text
 from convert.tables import table_of
 from hlwq_jax import LazyTensor, StoredWeight
@@ -268,7 +268,7 @@ def _write(
                 path = step.target.removesuffix(".kernel")
                 group = quantizing.group(component, step.target)
                 if isinstance(stored, LazyTensor) and group is not None:
-                    packed = quantize_tensor(stored, bits=quantizing.bits[group])
+                    packed = quantizing.pack(stored, group)
                     arrays |= {f"{path}.{key}": array for key, array in packed.arrays.items()}
                     quantized[component][path] = packed.shape
                     quantized_here[f"{component}/{path}"] = {

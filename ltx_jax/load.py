@@ -148,7 +148,8 @@ def load_component(
     resident = {part: shapes for part, shapes in parts.items() if part.rpartition(".")[0] not in lists}
     found = {places[name] for shapes in resident.values() for name in shapes}
     stacks = {place.variable for place in found if place.layer is not None}
-    values = _zeros({name: variables[name].get_value() for name in stacks}, device)
+    with jax.default_device(device):
+        values = _zeros(tuple((name, variables[name].get_value()) for name in sorted(stacks)))
     for part, piece in ((part, piece) for part, shapes in resident.items() for piece in _pieces(shapes)):
         arrays = read(part, piece)
         slices, layer = {}, 0
@@ -261,10 +262,10 @@ def _layers(
             number += 1
 
 
-def _zeros(shapes: Mapping[str, jax.ShapeDtypeStruct], device: jax.Device | None) -> dict[str, jax.Array]:
-    """Arrays to be filled, made where they stay."""
-    where: Any = {} if device is None else {"out_shardings": jax.sharding.SingleDeviceSharding(device)}
-    return jax.jit(lambda: {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}, **where)()
+@partial(jax.jit, static_argnames="shapes")
+def _zeros(shapes: tuple[tuple[str, jax.ShapeDtypeStruct], ...]) -> dict[str, jax.Array]:
+    """Arrays to be filled, made on the device."""
+    return {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes}
 
 
 @partial(jax.jit, donate_argnames="stacks")

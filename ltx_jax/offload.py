@@ -107,10 +107,6 @@ class HostLayers:
         """Bytes of host memory."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
-    def layer(self, index: int) -> nnx.Module:
-        """A copy of one layer on the device."""
-        return jax.jit(self.layouts[index].unpack)(self._put(index))
-
     def run(self, step: Callable, carry: Any, shared: Any, per_layer: Any = None) -> tuple[Any, Any]:
         """Runs `carry, out = step(layer, carry, shared, x)` over all layers, `x` being the slice of `per_layer`.
 
@@ -126,7 +122,7 @@ class HostLayers:
             words = following
             # The layer before is done, and so its buffer is free: never more than two are on the device.
             jax.block_until_ready(carry)
-            # Asked for before this layer runs: a copy waits for all that the device was given earlier.
+            # Asked for before this layer runs, as a copy may wait for all that the device was given earlier.
             following = self._put(index + 1) if index + 1 < len(self) else None
             carry, out = run_layer(words, carry, shared, per_layer, index, layout=layout, step=step)
             outs.append(out)
@@ -146,4 +142,5 @@ class Streamed:
     """A layered model whose layers are streamed."""
 
     rest: Any  # the model on the device, its lists of layers empty
-    layers: dict[str, HostLayers]  # by the dotted name of the list: `blocks`, `video.blocks`
+    # `HostLayers` by the dotted name of their list (`blocks`, `video.blocks`); descriptions of layers in a plan.
+    layers: dict[str, Any]

@@ -62,7 +62,7 @@ def release_freed_memory() -> None:
 
     Restoring allocates in many threads, and what is freed stays with each of them: gigabytes after a large model.
     """
-    with suppress(AttributeError):
+    with suppress(AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

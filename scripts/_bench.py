@@ -1,4 +1,4 @@
-"""What the benchmarks share: cases measured in turn, random weights, peers that may be missing, a table, a JSON file."""
+"""What the benchmarks share: cases measured in turn, random weights, peers that may be missing, a table, JSON out."""
 
 import importlib
 import json

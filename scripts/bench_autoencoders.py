@@ -67,7 +67,9 @@ def their_run(torch: Any, model: Any, dtype: str, x: np.ndarray) -> Run:
     return run
 
 
-def load(torch: Any, model: Any, weights: Weights, rename: Callable[[str], str], *, absent: tuple[str, ...] = ()) -> Any:
+def load(
+    torch: Any, model: Any, weights: Weights, rename: Callable[[str], str], *, absent: tuple[str, ...] = ()
+) -> Any:
     """Fills a module; `absent` are those of its tensors that ours does not have."""
     state = {rename(name): torch.from_numpy(np.array(value)) for name, value in weights.items()}
     result = model.load_state_dict(state, strict=False)
@@ -136,6 +138,7 @@ def their_vocoder(modules: list[Any], config: VocoderConfig, weights: Weights) -
 
     model = vocoder.LTX2VocoderWithBWE(
         **settings(config.base, config.mel_bins),
+        final_act_fn="clamp",
         **settings(config.bwe, config.bwe_mel_bins, "bwe_"),
         filter_length=config.bwe_n_fft,
         hop_length=config.bwe_hop_length,
@@ -186,7 +189,7 @@ def bench(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = {"type": int, "nargs": 3, "metavar": ("FRAMES", "ROWS", "COLUMNS")}
-    parser.add_argument("--latents", **size, default=[3, 8, 8], help="of video; 3 8 8 are 17 frames of 256 x 256 pixels")
+    parser.add_argument("--latents", **size, default=[3, 8, 8], help="3 8 8 are 17 frames of 256 x 256 pixels")
     parser.add_argument("--mel-frames", type=int, default=50, help="100 are a second of sound")
     parser.add_argument("--channels", type=int, default=128, help="base channels of the decoder; 128 is LTX-2.3")
     parser.add_argument("--vocoder-channels", type=int, nargs=2, default=[1536, 512], help="of both generators")
@@ -216,6 +219,12 @@ def main(argv: list[str] | None = None) -> None:
         }
         vocoder_config = VocoderConfig.from_metadata(sections)
         weights = draw_weights(lambda rngs: Vocoder(vocoder_config, rngs=rngs), VOCODER)
+        weights["mel_stft.mel_basis"] = np.abs(weights["mel_stft.mel_basis"])  # a logarithm is taken of it
+        for name in weights:
+            if name.endswith("filter"):
+                weights[name][:] = 1 / weights[name].size  # low-pass
+            elif name.endswith("conv_post.weight"):
+                weights[name] *= np.float32(0.1)  # into [-1, 1], where waveforms are
         modules = peers.load("torch", "diffusers.pipelines.ltx2.vocoder")
         results[f"vocoder, {args.mel_frames} mel frames"] = bench(
             lambda: fill(lambda: Vocoder(vocoder_config, rngs=nnx.Rngs(0)), VOCODER, weights),

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs without installation
 
@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from convert.tables.transformer import BLOCK
-from hlwq_jax import TableName, quantize, quantize_linears
+from hlwq_jax import Form, TableName, quantize, quantize_linears
 from ltx_jax.config import StreamConfig, TransformerConfig
 from ltx_jax.models.rope import rotary_tables
 from ltx_jax.models.transformer import Block, Conditioning
@@ -120,9 +120,9 @@ def our_block(config: TransformerConfig, weights: Weights) -> Block:
     return fill(lambda: Block(config, rngs=nnx.Rngs(0)), BLOCK, weights)
 
 
-def pack(block: Block) -> Block:
+def pack(block: Block, form: Form | Literal["auto"] = "auto") -> Block:
     """Packs the matrices that published packages pack, to 5 bits with table A."""
-    quantize_linears(block, select=lambda path, linear: path[-1] != "to_gate_logits")
+    quantize_linears(block, select=lambda path, linear: path[-1] != "to_gate_logits", form=form)
     for stream in (block.video, block.audio):
         for name in ("to_q", "to_k", "to_v"):
             layer = getattr(stream.self_attn, name)
@@ -301,6 +301,10 @@ def bench_times(
     make: dict[str, Callable[[], Callable[[list[Any]], Any]]] = {}
     for dtype in args.dtypes:
         make[f"ours, 5 bits, {dtype}"] = lambda dtype=dtype: runner(pack(our_block(config, weights)), dtype)
+        if dtype == "float32":  # where "auto" takes the exact form, with the decoder's own rounding of the weight
+            make["ours, 5 bits, float32, rotate_input"] = lambda: runner(
+                pack(our_block(config, weights), "rotate_input"), "float32"
+            )
         make[f"ours, unpacked, {dtype}"] = lambda dtype=dtype: runner(our_block(config, weights), dtype)
     modules = peers.load(
         "torch", "diffusers.models.transformers.transformer_ltx2", "diffusers.quantizers.gguf.utils", "gguf"

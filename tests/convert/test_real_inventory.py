@@ -7,6 +7,7 @@ import pytest
 
 from convert.inventory import Expected
 from convert.mapping import plan
+from convert.quantizing import OPTIONAL, Quantizing
 from convert.tables import MAIN
 from ltx_jax.checkpoint import Configs
 from ltx_jax.presets import LTX_2_3, NUM_HIDDEN_STATES
@@ -78,3 +79,18 @@ def test_the_packed_linears_are_1344_with_the_published_shapes(expected):
     assert linears[block + "ff.net.0.proj.weight"] == (16384, 4096)
     assert linears[block + "audio_to_video_attn.to_q.weight"] == (2048, 4096)
     assert linears[block + "video_to_audio_attn.to_k.weight"] == (2048, 4096)
+
+
+def test_what_can_be_quantised_besides_is_counted(expected):
+    """By published names, which say what a linear is better than ours, by which it is chosen."""
+    quantizing = Quantizing.of(gemma_bits=16, groups=OPTIONAL)
+    groups: dict[str, list[str]] = {group: [] for group in OPTIONAL}
+    for name, target in expected.targets.items():
+        group = quantizing.group(target.component, target.path)
+        if group is not None:
+            groups[group].append(name)
+            assert target.linear
+    assert {group: len(names) for group, names in groups.items()} == {"connectors": 96, "projection": 2, "adaln": 24}
+    assert all("embeddings_connector.transformer_1d_blocks" in name for name in groups["connectors"])
+    assert all("adaln_single" in name for name in groups["adaln"])
+    assert not any("gate_logits" in name for names in groups.values() for name in names)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ltx_jax.stack import Stack, count_layers, module_at, run_layers, stack_layers
+from ltx_jax.stack import Stack, count_layers, layer_lists, module_at, run_layers, stack_layers
 
 
 def layers(widths=(4, 4, 4)):
@@ -59,3 +59,19 @@ def test_a_layer_is_found_in_a_list_and_in_stacks():
 def test_shapes_stack_without_arrays():
     abstract = nnx.eval_shape(layers)
     assert stack_layers(abstract)[0].layer.kernel.get_value().shape == (3, 4, 4)
+
+
+def test_lists_of_layers_are_found_by_their_dotted_names():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = layers()
+
+    class Two(nnx.Module):
+        def __init__(self):
+            self.video = Model()
+            self.audio = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.blocks = stack_layers(layers())
+
+    model = Two()
+    assert layer_lists(model) == {"blocks": (model, "blocks"), "video.layers": (model.video, "layers")}
+    assert layer_lists(model.audio) == {}
