@@ -130,6 +130,8 @@ def streamed_estimate(
 ) -> tuple[Pair, Pair]:
     """`estimate`, bit for bit, with one block's weights on the device at a time."""
     rest = transformer.rest
+    # What comes back from the layers is bound to their device: so is, then, the first step's input.
+    tokens = jax.device_put(tokens, transformer.layers["blocks"].sharding)
     entered = enter(rest, states, tokens, contexts, sigma, keep, precision=precision)
     with jax.default_matmul_precision(precision):
         streams, outs = transformer.layers["blocks"].run(

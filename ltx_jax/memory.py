@@ -55,6 +55,8 @@ def measure(target: Card | jax.Device, function: Any, *args: Any, **static: Any)
     else:
 
         def shape(leaf: Any) -> Any:
+            if isinstance(leaf, jax.ShapeDtypeStruct):  # bound to a device, or free
+                return leaf
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
     lowered = function.lower(*jax.tree.map(shape, args), **static)

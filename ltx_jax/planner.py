@@ -139,6 +139,15 @@ class Planner:
         with jax.default_matmul_precision(self.precision):
             return measure(self.target, function, *args, **static)
 
+    def bound(self, arguments: Any) -> Any:
+        """Arguments as streaming gives them: bound to the device at hand, which is part of a compiled program's key."""
+        if isinstance(self.target, Card):
+            return arguments
+        sharding = jax.sharding.SingleDeviceSharding(self.target)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if hasattr(x, "dtype") else x, arguments
+        )
+
     def resident_or_streamed(
         self, component: str, resident: Callable[[], Stage], streamed: Callable[[], Stage]
     ) -> Stage:
@@ -304,7 +313,7 @@ class Planner:
                 arguments = words, entered.carry, entered.shared, entered.per_layer, 0
                 options = {"layout": layout, "step": step}
                 _, out = jax.eval_shape(lambda *a, o=options: run_layer(*a, **o), *arguments)
-                program = self.measure(run_layer, *arguments, **options)
+                program = self.measure(run_layer, *self.bound(arguments), **options)
                 outs = nbytes(out) * count
                 peaks.append(alive + 2 * nbytes(words) + program.added_bytes + outs)
                 seconds += program.compile_seconds

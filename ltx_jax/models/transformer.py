@@ -85,8 +85,16 @@ class Conditioning:
 
 
 def spread(rows: Float[Array, "batch levels dim"], level: Int[Array, " tokens"] | None):
-    """The row of each token; as it is where rows are already those of tokens, or one serves all."""
-    return rows if level is None else rows.at[:, level].get(mode="promise_in_bounds")
+    """The row of each token; as it is where rows are already those of tokens, or one serves all.
+
+    Choices between a few rows become part of the kernel that reads them; a gather would be written to memory first.
+    """
+    if level is None:
+        return rows
+    chosen = rows[:, :1]
+    for k in range(1, rows.shape[1]):
+        chosen = jnp.where((level == k)[:, None], rows[:, k : k + 1], chosen)
+    return chosen
 
 
 class StreamBlock(nnx.Module):

@@ -104,7 +104,6 @@ def test_less_memory_means_streaming_and_smaller_tiles(manifest, roomy):
     assert streamed.streamed
     assert streamed.peak_bytes < transformer.peak_bytes
     assert streamed.host_bytes > 0
-    assert tight.fits
 
 
 def test_decoding_needs_no_more_than_denoising_or_takes_the_smallest_tiles(roomy):

@@ -239,7 +239,7 @@ def test_the_room_of_what_is_replaced_counts_as_free(mini, results, monkeypatch)
 def test_a_model_that_memory_cannot_hold_is_refused(results, monkeypatch):
     free = real_size.psutil.virtual_memory()._replace(available=2**29)
     monkeypatch.setattr(real_size.psutil, "virtual_memory", lambda: free)
-    with pytest.raises(RealSizeError, match=r"transformer needs 1\.1 GB of memory, 0\.5 GB are free"):
+    with pytest.raises(RealSizeError, match=r"transformer needs 4\.3 GB of memory, 0\.5 GB are free"):
         check_memory(results[0], "transformer")
 
 
