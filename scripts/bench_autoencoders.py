@@ -44,7 +44,7 @@ from scripts.parity_cases import fill
 
 Weights = dict[str, np.ndarray]
 Run = Callable[[], Any]
-_, DECODER = VIDEO_VAE["decoder"]
+DECODER: Any = VIDEO_VAE["decoder"][1]
 # In float32, over some tens of convolutions and, in the vocoder, of sines.
 AGREE = 1e-4
 
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         modules = peers.load("torch", "diffusers.models.autoencoders.autoencoder_kl_ltx2")
         results[f"video decoder, {' x '.join(map(str, args.latents))} latents"] = bench(
             lambda: fill(lambda: VideoDecoder(config, rngs=nnx.Rngs(0)), DECODER, weights),
-            modules and partial(their_decoder, modules, config, weights),
+            None if not modules else partial(their_decoder, modules, config, weights),
             modules and modules[0],
             rng.standard_normal((1, *args.latents, config.latent_channels), dtype=np.float32),
             (args.dtypes, args.dtypes),
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         modules = peers.load("torch", "diffusers.pipelines.ltx2.vocoder")
         results[f"vocoder, {args.mel_frames} mel frames"] = bench(
             lambda: fill(lambda: Vocoder(vocoder_config, rngs=nnx.Rngs(0)), VOCODER, weights),
-            modules and partial(their_vocoder, modules, vocoder_config, weights),
+            None if not modules else partial(their_vocoder, modules, vocoder_config, weights),
             modules and modules[0],
             rng.standard_normal((1, args.mel_frames, vocoder_config.mel_bins, 2), dtype=np.float32),
             (["float32"], args.dtypes),

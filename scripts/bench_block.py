@@ -138,7 +138,12 @@ def runner(block: Block, dtype: str) -> Callable[[list[Any]], Any]:
 
     graphdef, params, packed = nnx.split(block, nnx.Param, ...)
     params = jax.tree.map(cast, params)
-    run = jax.jit(lambda params, packed, inputs: nnx.merge(graphdef, params, packed)(*inputs, None))
+
+    @jax.jit
+    def run(params, packed, inputs):
+        x, ax, video, audio = inputs
+        return nnx.merge(graphdef, params, packed)(x, ax, video, audio, None)
+
     return lambda inputs: run(params, packed, jax.tree.map(cast, inputs))
 
 
@@ -277,7 +282,12 @@ def quantizers(peers: Peers) -> dict[str, tuple[float, Callable[[np.ndarray], np
 def bench_errors(config: TransformerConfig, weights: Weights, inputs: list[Any], peers: Peers) -> dict[str, Any]:
     """Of every quantizer: error of the weights, and of what the block adds, in float32."""
     graphdef, params = nnx.split(our_block(config, weights))
-    run = jax.jit(lambda params, inputs: nnx.merge(graphdef, params)(*inputs, None))
+
+    @jax.jit
+    def run(params, inputs):
+        x, ax, video, audio = inputs
+        return nnx.merge(graphdef, params)(x, ax, video, audio, None)
+
     reference = added(run(params, inputs), inputs)
     results = {}
     for name, (bits, round_trip) in quantizers(peers).items():
