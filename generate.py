@@ -5,7 +5,6 @@ python generate.py --checkpoint DIR --prompt "a heron lands on still water" --ou
 
 import hashlib
 import json
-import resource
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ from ltx_jax.cards import find_card
 from ltx_jax.checkpoint import MANIFEST
 from ltx_jax.environment import prepare
 from ltx_jax.media import check_writable, read_image, write_mp4
+from ltx_jax.memory import peak_rss_bytes
 from ltx_jax.noise import read_noise
 from ltx_jax.pipeline import Latents, load_pipeline
 from ltx_jax.plan import Offload, plan_published, plan_table
@@ -238,11 +238,10 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     write_mp4(output, frames, fps=settings.fps, waveform=waveform, sample_rate_hz=pipe.configs.vocoder.sample_rate_hz)
     with written_whole(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    # ru_maxrss counts bytes on macOS and kilobytes elsewhere.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     seconds = time.monotonic() - started
     progress.console.print(
-        f"wrote {output} and {output.with_suffix('.json')} in {seconds:.0f} s, peak host memory {peak:.1f} GB"
+        f"wrote {output} and {output.with_suffix('.json')} in {seconds:.0f} s, "
+        f"peak host memory {peak_rss_bytes() / 1e9:.1f} GB"
     )
 
 

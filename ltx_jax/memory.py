@@ -1,10 +1,14 @@
 """What a program needs in memory, from the compiler, for a device at hand or for a card that is not there."""
 
 import json
+import re
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,3 +103,13 @@ def free_bytes(device: jax.Device) -> int:
         return psutil.virtual_memory().available
     stats = device.memory_stats() or {}
     return int(stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
+
+
+def peak_rss_bytes() -> int:
+    """The most host memory that this process has had. What its parent had before it started does not count."""
+    with suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    # Other systems; ru_maxrss counts bytes on macOS and kilobytes elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

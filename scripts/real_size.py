@@ -14,7 +14,6 @@ unless --keep; a later run with other --phases goes on from what was kept. Exits
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -43,7 +42,7 @@ from convert import ConvertError, convert
 from ltx_jax.checkpoint import MANIFEST, CheckpointError, Manifest
 from ltx_jax.denoise import Prompt
 from ltx_jax.environment import prepare
-from ltx_jax.memory import nbytes
+from ltx_jax.memory import nbytes, peak_rss_bytes
 from ltx_jax.pipeline import load_pipeline
 from ltx_jax.presets import LTX_2_3
 from ltx_jax.progress import TerminalProgress
@@ -180,9 +179,7 @@ def disk_bytes(folder: Path) -> int:
 def _with_peak(function: Callable[..., Phase], *args: Any) -> Phase:
     prepare()
     phase = function(*args)
-    # ru_maxrss counts bytes on macOS and kilobytes elsewhere.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return replace(phase, peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return replace(phase, peak_rss_bytes=peak_rss_bytes())
 
 
 def alone(function: Callable[..., Phase], *args: Any) -> Phase:

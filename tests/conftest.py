@@ -16,10 +16,13 @@ from scripts.parity_cases import fill
 
 DATA = Path(__file__).parent / "data"
 
-# Tests neither read nor leave anything in the user's cache; each worker has its own.
-os.environ["LTX_JAX_CACHE"] = tempfile.mkdtemp(prefix="ltx-jax-tests-")
-# A CUDA plug-in that is there to compile for named cards would otherwise look for one to run on.
-jax.config.update("jax_platforms", "cpu")
+
+def pytest_configure() -> None:
+    # Tests neither read nor leave anything in the user's cache; each worker has its own.
+    os.environ["LTX_JAX_CACHE"] = tempfile.mkdtemp(prefix="ltx-jax-tests-")
+    # A CUDA plug-in that is there to compile for named cards would otherwise look for one to run on.
+    jax.config.update("jax_platforms", "cpu")
+
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
