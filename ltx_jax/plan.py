@@ -180,12 +180,14 @@ def make_plan(
         [(str(path), path.stat().st_size, path.stat().st_mtime) for path, _ in loras],
         (jax.__version__, source_digest()),
     )
-    path = cache_folder("plans") / f"{key}.json"
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        found = Plan.from_json(json.loads(path.read_text()))
-        # The memory of a device at hand is never the same twice: a plan holds for any that its choices suit.
-        if found.limit_bytes == limit_bytes or (found.peak_bytes <= limit_bytes and found.unhurried):
-            return replace(found, limit_bytes=limit_bytes)
+    # The memory of a device at hand is never the same twice: a plan that gave nothing up holds wherever it fits,
+    # any other only for the limit that it was made for.
+    unhurried, hurried = (cache_folder("plans") / f"{key}{limit}.json" for limit in ("", f"-{limit_bytes}"))
+    for path in (unhurried, hurried):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found = Plan.from_json(json.loads(path.read_text()))
+            if found.limit_bytes == limit_bytes or found.peak_bytes <= limit_bytes:
+                return replace(found, limit_bytes=limit_bytes)
     plan = Planner(
         manifest,
         settings,
@@ -197,6 +199,7 @@ def make_plan(
         loras=loras,
         told=told,
     ).plan()
+    path = unhurried if plan.unhurried else hurried
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:
