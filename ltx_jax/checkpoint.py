@@ -12,7 +12,7 @@ side ever holds more than one layer of a large model twice. A quantized linear s
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from ltx_jax.models.upscaler import LatentUpscaler
 from ltx_jax.models.video_vae import VideoVAE
 from ltx_jax.models.vocoder import Vocoder
 from ltx_jax.presets import GEMMA_3_12B, LTX_2_3, NUM_HIDDEN_STATES, UPSCALERS
+from ltx_jax.stack import layer_lists
 
 FORMAT = "ltx-jax checkpoint"
 VERSION = 1
@@ -168,14 +169,30 @@ class Configs:
 
     def abstract(self, component: str) -> nnx.Module:
         """The model of a component with shapes in place of arrays, its layers in a plain list."""
-        if component not in self.components:
-            raise CheckpointError(f"there is no component {component!r} here; there are {', '.join(self.components)}")
         make = MODELS.get(component, LatentUpscaler)
         config = self.of(component)
         return abstract(lambda rngs: make(config, rngs=rngs))
 
+    def one_layer(self, component: str) -> tuple[nnx.Module, dict[str, int]]:
+        """As `abstract`, but of each list of layers only the first, and how many layers each list has.
+
+        Tracing all 48 blocks takes seconds, and they are all alike.
+        """
+        config = self.of(component)
+        deep = {"video": config.video, "audio": config.audio} if component == "connectors" else {"": config}
+        flat = {part: replace(layered, num_layers=1) for part, layered in deep.items()}
+        shallow = replace(config, **flat) if component == "connectors" else flat[""]
+        model = abstract(lambda rngs: MODELS[component](shallow, rngs=rngs))
+        depths = {}
+        for path, (owner, _) in layer_lists(model).items():
+            owner.config = deep[path.rpartition(".")[0]]
+            depths[path] = owner.config.num_layers
+        return model, depths
+
     def of(self, component: str) -> Any:
-        """The configuration of one component."""
+        """The configuration of one component. Raises CheckpointError for one that is not there."""
+        if component not in self.components:
+            raise CheckpointError(f"there is no component {component!r} here; there are {', '.join(self.components)}")
         return self.upscalers[component] if component in self.upscalers else getattr(self, component)
 
     @property

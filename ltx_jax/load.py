@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial, reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from hlwq_jax import QuantizedLinear, replace_linears
 from ltx_jax.checkpoint import LAYERED, CheckpointError, Configs, Manifest, QuantizedShape, part_of
 from ltx_jax.offload import HostLayers, Streamed
 from ltx_jax.orbax_io import describe, release_freed_memory, restore
-from ltx_jax.stack import layer_lists, locate, stack_layers
+from ltx_jax.stack import Stack, layer_lists, locate
 
 _PIECE_BYTES = 2**28  # that are read at a time: one layer of the transformer
 
@@ -41,24 +42,20 @@ def abstract_component(
     Raises CheckpointError for a component that is not there, and for names in the manifest or `stored` that are not in
     the model.
     """
-    model = load_configs(manifest).abstract(component)
     quantized = manifest.quantized.get(component, {})
-
-    def packed(path: tuple, linear: nnx.Linear) -> nnx.Module | None:
-        shape = quantized.get(".".join(map(str, path)))
-        if shape is None:
-            return None
-        # Queries, keys and values of self-attention read one input: they share its rotation.
-        sharing = 3 if path[-2] == "self_attn" and path[-1] != "to_out" else 1
-        return nnx.merge(*_packed(shape, linear.bias is not None, sharing), copy=True)
-
-    replaced = replace_linears(model, packed)
-    unplaced = set(quantized) - {".".join(map(str, path)) for path in replaced}
-    if unplaced:
-        raise CheckpointError(f"the manifest packs linears that {component} does not have: {sorted(unplaced)[:5]}")
-    if component in LAYERED:
-        for owner, attribute in layer_lists(model).values():
-            setattr(owner, attribute, stack_layers(getattr(owner, attribute)))
+    configs = load_configs(manifest)
+    model, depths = configs.one_layer(component) if component in LAYERED else (configs.abstract(component), {})
+    rest = dict(quantized)
+    for path, (owner, attribute) in layer_lists(model).items() if depths else ():
+        graphdef, state = nnx.split(getattr(owner, attribute)[0])
+        by_layer = [_take(rest, f"{path}.{number}.") for number in range(depths[path])]
+        stacks: list[Stack] = []
+        for shapes, run in groupby(by_layer):
+            layer = nnx.merge(graphdef, state, copy=True)
+            _pack(layer, shapes, where=f"{component}/{path}")
+            stacks.append(Stack.of_equal(layer, len(list(run))))
+        setattr(owner, attribute, nnx.List(stacks))
+    _pack(model, rest, where=component)
 
     variables = _variables(model)
     kinds: dict[str, list[Any]] = defaultdict(list)
@@ -73,6 +70,28 @@ def abstract_component(
             kind = dtype
         variable.set_value(jax.ShapeDtypeStruct(shape.shape, kind))
     return model
+
+
+def _take(quantized: dict[str, QuantizedShape], prefix: str) -> dict[str, QuantizedShape]:
+    """Takes out what lies below a prefix, which is cut off."""
+    return {name.removeprefix(prefix): quantized.pop(name) for name in list(quantized) if name.startswith(prefix)}
+
+
+def _pack(model: nnx.Module, shapes: Mapping[str, QuantizedShape], *, where: str) -> None:
+    """Replaces the linears that `shapes` names by packed ones. Raises CheckpointError for one that is not there."""
+
+    def packed(path: tuple, linear: nnx.Linear) -> nnx.Module | None:
+        shape = shapes.get(".".join(map(str, path)))
+        if shape is None:
+            return None
+        # Queries, keys and values of self-attention read one input: they share its rotation.
+        sharing = 3 if path[-2] == "self_attn" and path[-1] != "to_out" else 1
+        return nnx.merge(*_packed(shape, linear.bias is not None, sharing), copy=True)
+
+    replaced = replace_linears(model, packed)
+    unplaced = set(shapes) - {".".join(map(str, path)) for path in replaced}
+    if unplaced:
+        raise CheckpointError(f"the manifest packs linears that {where} does not have: {sorted(unplaced)[:5]}")
 
 
 @cache

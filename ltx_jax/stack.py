@@ -33,6 +33,15 @@ class Stack(nnx.Module):
         self.num_layers = len(layers)
         self.layer = nnx.merge(graphdefs[0], jax.tree.map(_stack_leaves, *states))
 
+    @classmethod
+    def of_equal(cls, layer: nnx.Module, num_layers: int) -> "Stack":
+        """As a stack of that many layers like `layer`, which has shapes in place of arrays."""
+        stack = cls([layer])
+        graphdef, state = nnx.split(stack.layer)
+        deep = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((num_layers, *leaf.shape[1:]), leaf.dtype), state)
+        stack.num_layers, stack.layer = num_layers, nnx.merge(graphdef, deep)
+        return stack
+
 
 def _stack_leaves(*leaves: Any) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
