@@ -85,6 +85,8 @@ def bench_forms(
             x = jnp.asarray(np.random.default_rng(1).standard_normal((num_tokens, in_features)), dtype)
             cases: dict[str, Callable[[], jax.Array]] = {"dense": partial(multiply, x, dense)}
             for form in FORMS:
+                if form == "fused" and jax.default_backend() != "gpu":
+                    continue  # interpreted there, a thousand times slower: scripts/bench_fused.py
                 layer.form = form
                 cases[form] = partial(_jitted(layer), x)
             chosen = choose_form(num_tokens=num_tokens, shared_outputs=out_features, dtype=x.dtype)
