@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from convert.files import ConvertError
-from convert.quantizing import BITS
+from convert.quantizing import BITS, OPTIONAL, RECIPE
 from convert.report import inspect, to_text
 from convert.writer import convert
 from hlwq_jax import FormatError
@@ -38,7 +38,13 @@ class Convert:
     gemma_bits: int = BITS
     """Bits a weight of the text encoder's linears, 2 to 8; 16 leaves them as they are."""
     quantize: str = ""
-    """What else to pack at 5 bits, separated by commas: connectors, projection, adaln; by default nothing."""
+    """What else to pack at 5 bits, separated by commas: blocks, connectors, projection, adaln; by default nothing. As
+    `--quantize` alone: blocks."""
+    bits: str = ""
+    """Bits of some linears, as 'blocks.0=8,blocks.43-47=6,*=5': the first that fits holds; 16 leaves a linear as it is.
+    """
+    recipe: str = RECIPE
+    """How to pack: scalar; trellis (least error, hours on a CPU); or published, which other programs can read."""
     overwrite: bool = False
     """Replace a finished checkpoint at DEST."""
 
@@ -67,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
                 json.dumps(asdict(report) | {"complete": report.complete}, indent=1) if asked.json else to_text(report)
             )
             return 0
-        chosen = tyro.cli(Convert, args=argv, prog="python -m convert")
+        chosen = tyro.cli(Convert, args=_with_groups(argv), prog="python -m convert")
         convert(
             chosen.source,
             chosen.dest,
@@ -75,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             upscalers=chosen.upscaler,
             gemma_bits=chosen.gemma_bits,
             quantize=[group.strip() for group in chosen.quantize.split(",") if group.strip()],
+            bits=chosen.bits,
+            recipe=chosen.recipe,
             overwrite=chosen.overwrite,
             progress=True,
         )
@@ -85,9 +93,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _with_groups(argv: list[str]) -> list[str]:
+    """With the groups that `--quantize` alone means."""
+    done = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        done.append(word)
+        named = {group.strip() for group in following.split(",") if group.strip()}
+        if word == "--quantize" and (not named or following.startswith("-") or not named & set(OPTIONAL)):
+            done.append("blocks")
+    return done
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Streams a planned source into a checkpoint folder, one part of one model at a time, the manifest last."""
 
-import hashlib
 import json
 import shutil
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache, cached_property, partial
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,29 @@ from einops import rearrange
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from convert.arrays import Pieces, moved, planes
+from convert.destination import MARKER, WORKING, Work, check_space, claim
 from convert.files import ConvertError, Source, open_source
 from convert.inventory import Inventory, take_inventory
-from convert.mapping import Step
-from convert.quantizing import BITS, BLOCK_SIZE, GROUPS, TABLE, Quantizing, packed_bytes
+from convert.journal import INVENTORY, Part, file_digest
+from convert.quantizing import BITS, GROUPS, RECIPE, RECIPES, Quantizing
 from convert.report import Report, make_report, size_text, to_text
-from convert.tables import table_of
-from hlwq_jax import LazyTensor, StoredWeight
-from ltx_jax.checkpoint import MANIFEST, MODELS, TOKENIZER, Manifest, QuantizedShape, part_of
-from ltx_jax.orbax_io import save
+from convert.tasks import PACKED, QUANTISED, UNPACKED, Task, all_tasks, tensor_facts
+from hlwq_jax import FormatError, StoredWeight
+from ltx_jax import durable
+from ltx_jax.cache import digest, source_digest
+from ltx_jax.checkpoint import MANIFEST, TOKENIZER, Manifest, QuantizedShape
+from ltx_jax.config import ConfigError
+from ltx_jax.orbax_io import Stored, proves, release_freed_memory, write_array, write_tree
 from ltx_jax.text import TextError, load_tokenizer
 
-MARKER = ".converting.json"  # says that a folder is an unfinished conversion of ours
-WORKING = ".converting"  # the unfinished conversion inside a DEST that was there before
+__all__ = ["MARKER", "WORKING", "convert", "refuse_incomplete"]
+
 SHOWN = 100  # problems told in full; `inspect --json` tells all
-_SLICED, _SLICE_ROWS = 2**20, 256  # bytes; transposing by slices took a third of the time of the whole at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_PARTS_AT_ONCE = 2  # each needs memory for its largest array
+_PARTIAL = ".partial"  # of a part that is being written
+Advance = Callable[[str, int], None]  # what is done, and how many bytes of it
 
 
 def convert(
@@ -44,19 +52,25 @@ def convert(
     upscalers: tuple[str | Path, ...] = (),
     gemma_bits: int = BITS,
     quantize: Iterable[str] = (),
+    bits: str = "",
+    recipe: str = RECIPE,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
     """Converts published files into a checkpoint folder; returns its manifest.
 
     What arrives packed stays so. The text encoder's linears are packed at `gemma_bits` (2 to 8; 16 leaves them as they
-    are), and those of the groups in `quantize` (connectors, projection, adaln) at 5 bits.
+    are), and those of the groups in `quantize` (blocks, connectors, projection, adaln) at 5 bits, but for what `bits`
+    says of some (`blocks.0=8,blocks.43-47=6`). `recipe` is one of `convert.quantizing.RECIPES`.
 
-    Everything is planned from headers first. The folder appears under its name only when it is complete. Raises
-    ConvertError, FormatError or ConfigError for a source that is short, damaged or foreign, and for a destination that
-    is there already (unless `overwrite`, and only if it is a checkpoint).
+    Everything is planned from headers first. The folder appears under its name only when it is complete. A conversion
+    that was cut off, however, is gone on with by the next one into the same folder, if source and options are the same
+    ones: what its digests prove is kept. The result does not depend on that, to the byte.
+
+    Raises ConvertError, FormatError or ConfigError for a source that is short, damaged or foreign, for a destination
+    that is there already (unless `overwrite`, and only if it is a checkpoint), or that another process writes.
     """
-    quantizing = Quantizing.of(gemma_bits=gemma_bits, groups=quantize)
+    quantizing = Quantizing.of(gemma_bits=gemma_bits, groups=quantize, bits=bits, recipe=recipe)
     dest = Path(dest).resolve()
     opened = open_source(
         Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
@@ -65,19 +79,37 @@ def convert(
     report = make_report(inventory)
     refuse_incomplete(report)
     text_length = _check_tokenizer(inventory)
-    _check_dest(dest, overwrite=overwrite)
-    written = _bytes_written(inventory, quantizing)
-    _check_space(dest, written)
+    conversion = Conversion(inventory, report, quantizing, text_length)
     console = Console(stderr=True, quiet=not progress)
-    console.print(to_text(report), highlight=False, soft_wrap=True)
-    for line in _quantising(inventory, quantizing):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"writes         {dest}, {size_text(written)}", highlight=False, soft_wrap=True)
+    with claim(dest, overwrite=overwrite) as work:
+        different = work.begin(conversion.key)
+        written = sum(task.nbytes for task in conversion.tasks)
+        check_space(dest, int(1.02 * sum(task.disk_bytes for task in conversion.tasks)) + 2**20)
+        lines = [to_text(report), *_quantising(inventory, quantizing, conversion.tasks)]
+        lines.append(f"writes         {dest}, {size_text(written)}")
+        if different:
+            lines.append(f"starts over    an unfinished conversion was of other {', '.join(different)}")
+        elif work.journal.parts:
+            lines.append(f"goes on        {len(work.journal.parts)} of {len(conversion.parts)} parts are written")
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        try:
+            with _bar(console, conversion.total_bytes) as advance, _discarded_if_refused(work):
+                manifest = conversion.run(work, advance)
+            work.finish()
+        except OSError as error:
+            raise ConvertError(
+                f"{error}\nWhat is written so far is kept in {work.folder}: the same command goes on from there"
+            ) from error
+    return manifest
 
-    files = _source_files(opened)
-    total = opened.nbytes + sum(path.stat().st_size for path in files)  # converted, then read again for the digests
-    with _working_folder(dest) as folder, _bar(console, total) as advance:
-        return _write(inventory, report, quantizing, folder, text_length, files, advance)
+
+@contextmanager
+def _discarded_if_refused(work: Work) -> Iterator[None]:
+    try:
+        yield
+    except (ConvertError, FormatError, ConfigError):
+        work.remove()  # nothing of a source that is refused can be used later
+        raise
 
 
 def refuse_incomplete(report: Report) -> None:
@@ -116,111 +148,22 @@ def _check_tokenizer(inventory: Inventory) -> int | None:
     return length
 
 
-# ------------------------------------------------------------------ destination
-
-
-def _check_dest(dest: Path, *, overwrite: bool) -> None:
-    if not dest.exists():
-        return
-    if not dest.is_dir():
-        raise ConvertError(f"{dest} is a file; give the name of a folder to make")
-    entries = {path.name for path in dest.iterdir()}
-    if not entries:
-        return
-    if (dest / MANIFEST).is_file():
-        Manifest.read(dest)  # raises if it is not ours
-        if overwrite:
-            return
-        raise ConvertError(f"{dest} is a finished checkpoint; choose another folder, or --overwrite")
-    if (dest / WORKING / MARKER).is_file() and all(name == WORKING or _is_ours(name) for name in entries):
-        return  # a conversion that was killed
-    raise ConvertError(f"{dest} is not empty and was not made by convert; choose another folder")
-
-
-def _bytes_written(inventory: Inventory, quantizing: Quantizing) -> int:
-    total = 0
-    for component, step, name, stored in _steps(inventory):
-        group = quantizing.group(component, step.target)
-        if isinstance(stored, LazyTensor) and group is not None:
-            total += packed_bytes(*stored.shape, bits=quantizing.bits[group])
-        elif isinstance(stored, LazyTensor):
-            total += stored.nbytes
-        elif inventory.expected.targets[name].linear and _holds_as_planes(stored):
-            shape = _shape(stored)
-            total += packed_bytes(shape.out_features, shape.in_features, bits=shape.bits, block_size=shape.block_size)
-        else:
-            total += 2 * prod(inventory.expected.targets[name].shape)
-    return total
-
-
-def _quantising(inventory: Inventory, quantizing: Quantizing) -> Iterator[str]:
+def _quantising(inventory: Inventory, quantizing: Quantizing, tasks: list[Task]) -> Iterator[str]:
     """What will be quantised, a line a group."""
-    found: dict[str, list[LazyTensor]] = defaultdict(list)
-    for component, step, _, stored in _steps(inventory):
-        group = quantizing.group(component, step.target)
-        if group is not None and isinstance(stored, LazyTensor):
-            found[group].append(stored)
-    for group, bits in quantizing.bits.items():
+    for group in quantizing.bits:
         if GROUPS[group][0] not in inventory.plans:
             continue
-        before = size_text(sum(tensor.nbytes for tensor in found[group]))
-        after = size_text(sum(packed_bytes(*tensor.shape, bits=bits) for tensor in found[group]))
-        what = f"{len(found[group])} linears at {bits} bits in blocks of {BLOCK_SIZE}: {before} become {after}"
-        yield f"quantises      {group}: {what if found[group] else 'nothing, as its linears are packed already'}"
-
-
-def _check_space(dest: Path, written: int) -> None:
-    existing = next(folder for folder in (dest, *dest.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    needed = int(written * 1.02) + 2**20
-    if free < needed:
-        raise ConvertError(f"{existing} has {free / 1e9:.3g} GB free, the checkpoint needs {needed / 1e9:.3g} GB")
+        found = [task for task in tasks if task.group == group]
+        before = size_text(sum(task.stored.nbytes for task in found))
+        after = size_text(sum(task.nbytes for task in found))
+        widths = sorted({task.recipe.bits for task in found if task.recipe is not None})
+        bits = f"{', '.join(map(str, widths))} bits, recipe {quantizing.recipe}"
+        what = f"{len(found)} linears at {bits}: {before} become {after}"
+        yield f"quantises      {group}: {what if found else 'nothing, as its linears are packed already'}"
 
 
 @contextmanager
-def _working_folder(dest: Path) -> Iterator[Path]:
-    """A folder that becomes `dest` when the block ends well, and is gone when it does not.
-
-    It lies beside `dest`, or inside where `dest` is there already: that may be the root of a disk of its own.
-    """
-    folder = dest / WORKING if dest.is_dir() else dest.with_name(f"{dest.name}.converting")
-    if folder.exists():
-        if not (folder / MARKER).is_file():
-            raise ConvertError(f"{folder} is in the way and was not made by convert; move it")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / MARKER).write_text(json.dumps({"dest": str(dest)}))
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if not dest.is_dir():
-        (folder / MARKER).unlink()
-        folder.rename(dest)
-        return
-    _remove_checkpoint(dest)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest last
-        if path.name != MARKER:
-            path.rename(dest / path.name)
-    shutil.rmtree(folder)
-
-
-def _remove_checkpoint(folder: Path) -> None:
-    """Removes what a conversion wrote, its manifest first, and nothing else that someone may have put beside it."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for path in list(folder.iterdir()):
-        if path.is_dir() and _is_ours(path.name):
-            shutil.rmtree(path)
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a folder of this name in a checkpoint is one that a conversion wrote."""
-    return name in MODELS or name == TOKENIZER or name.startswith("upscaler_")
-
-
-@contextmanager
-def _bar(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+def _bar(console: Console, total: int) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description:<32}"),
         BarColumn(),
@@ -238,152 +181,211 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
         yield advance
 
 
-# ------------------------------------------------------------------------ parts
+# ----------------------------------------------------------------- conversion
 
 
-def _write(
-    inventory: Inventory,
-    report: Report,
-    quantizing: Quantizing,
-    folder: Path,
-    text_length: int | None,
-    files: list[Path],
-    advance: Callable[[str, int], None],
-) -> Manifest:
-    started = time.time()
-    parts: dict[str, list[str]] = {}
-    quantized: dict[str, dict[str, QuantizedShape]] = {}
-    quantized_here: dict[str, dict[str, Any]] = {}
-    unpacked: list[str] = []
-    for component, plan in inventory.plans.items():
-        by_part: dict[str, list[Step]] = defaultdict(list)
-        for step in plan.steps:
-            by_part[part_of(component, step.target)].append(step)
-        parts[component] = sorted(by_part)
-        quantized[component] = {}
-        for part in parts[component]:
-            arrays: dict[str, np.ndarray] = {}
-            for step in by_part[part]:
-                name, stored = _stored(inventory, component, step.source)
-                path = step.target.removesuffix(".kernel")
-                group = quantizing.group(component, step.target)
-                if isinstance(stored, LazyTensor) and group is not None:
-                    packed = quantizing.pack(stored, group)
-                    arrays |= {f"{path}.{key}": array for key, array in packed.arrays.items()}
-                    quantized[component][path] = packed.shape
-                    quantized_here[f"{component}/{path}"] = {
-                        "published": name,
-                        "bits": packed.shape.bits,
-                        "relative_error": round(packed.relative_error, 5),
-                    }
-                elif isinstance(stored, LazyTensor):
-                    arrays[step.target] = _read(stored, step.pattern)
-                elif inventory.expected.targets[name].linear and _holds_as_planes(stored):
-                    arrays |= {f"{path}.{key}": array for key, array in _planes(stored).items()}
-                    quantized[component][path] = _shape(stored)
-                else:
-                    shape = inventory.expected.targets[name].shape
-                    arrays[step.target] = np.ascontiguousarray(
-                        rearrange(stored.dequantize().reshape(shape), step.pattern)
-                    )
-                    unpacked.append(name)
-                advance(f"{component}/{part}", stored.nbytes)
-            save(folder / component / part, arrays)
+class _Stopped(Exception):
+    """Raised in threads whose work is not wanted any more."""
 
-    gemma = inventory.source.gemma
-    if gemma is not None:
-        (folder / TOKENIZER).mkdir()
+
+class Conversion:
+    """A planned source, and how it becomes the parts of a checkpoint."""
+
+    def __init__(self, inventory: Inventory, report: Report, quantizing: Quantizing, text_length: int | None):
+        self.inventory, self.report, self.quantizing, self.text_length = inventory, report, quantizing, text_length
+        self.tasks = list(all_tasks(inventory, quantizing))
+        self.parts: dict[str, list[Task]] = defaultdict(list)
+        for task in self.tasks:
+            self.parts[task.part].append(task)
+        self.files = _source_files(inventory.source)
+        self.stamps = _stamps(self.files)
+
+    @property
+    def total_bytes(self) -> int:
+        """That are converted, and read for the digests of the sources."""
+        return self.inventory.source.nbytes + sum(size for size, _ in self.stamps.values())
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        source = self.inventory.source
+        return {
+            "source": str(source.path),
+            "gemma": None if source.gemma is None else str(source.gemma.path),
+            "upscalers": {name: str(upscaler.path) for name, upscaler in source.upscalers.items()},
+            "quantizing": self.quantizing.options,
+        }
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that decides the result: work is gone on with only where none of it has changed."""
+        source = self.inventory.source
+        gemma = None if source.gemma is None else [source.gemma.metadata, _tokenizer_digests(source.gemma.path)]
+        return {
+            "source files": self.stamps,
+            "configuration": digest(self.inventory.metadata, source.sidecar, gemma, self.text_length),
+            "options": self.options,
+            "versions": [_versions(), _program_digest()],
+        }
+
+    def run(self, work: Work, advance: Advance) -> Manifest:
+        """Writes what is not there yet; returns the manifest, which is written last."""
+        stop = Event()
+
+        def checked(what: str, count: int) -> None:
+            if stop.is_set():
+                raise _Stopped
+            advance(what, count)
+
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(_PARTS_AT_ONCE) as writers:
+            sources: dict[str, Future[str]] = {}
+            parts: dict[str, Future[Part]] = {}
+            try:
+                for path in self.files:
+                    sources[str(path)] = reader.submit(file_digest, path, partial(checked, "digests of the sources"))
+                for name in sorted(self.parts):
+                    parts[name] = writers.submit(self._finish_part, work, name, checked)
+                for future in as_completed([*sources.values(), *parts.values()]):
+                    future.result()
+            except BaseException:
+                stop.set()
+                for pool in (reader, writers):
+                    pool.shutdown(cancel_futures=True)
+                raise
+        changed = [path for path, stamp in _stamps(self.files).items() if stamp != self.stamps[path]]
+        if changed:
+            raise ConvertError(f"{changed[0]} was changed while it was read; convert again when it stays as it is")
+        finished = {name: future.result() for name, future in parts.items()}
+        files = self._copy_tokenizer(work.tree)
+        inventory = json.dumps(
+            {
+                "arrays": {
+                    name: {array: facts._asdict() for array, facts in sorted(part.arrays.items())}
+                    for name, part in finished.items()
+                },
+                "files": files,
+                "tensors": tensor_facts(self.inventory, self.tasks),
+            },
+            indent=1,
+        ).encode()
+        durable.replace(work.tree / INVENTORY, inventory)
+        digests = {path: future.result() for path, future in sources.items()}
+        manifest = self._manifest(finished, digests, sha256(inventory).hexdigest())
+        durable.replace(work.tree / MANIFEST, manifest.to_json().encode() + b"\n")
+        return manifest
+
+    def _finish_part(self, work: Work, name: str, advance: Advance) -> Part:
+        """Writes a part, unless one is there whose digests prove it."""
+        place, known = work.tree / name, work.journal.parts.get(name)
+        if known is not None and place.is_dir() and proves(place, known.arrays):
+            advance(f"{name} is there", sum(task.stored.nbytes for task in self.parts[name]))
+            return known
+        unfinished = place.with_name(place.name + _PARTIAL)
+        for folder in (place, unfinished):
+            if folder.exists():
+                shutil.rmtree(folder)
+        unfinished.mkdir(parents=True)
+        arrays: dict[str, Stored] = {}
+        quantized: dict[str, Any] = {}
+        for task in self.parts[name]:
+            for target, array in self._arrays(task, quantized):
+                pieces = _with_pauses(array.pieces, partial(advance, name, 0))
+                arrays[target] = write_array(unfinished, target, array.shape, array.dtype, pieces)
+            advance(name, task.stored.nbytes)
+        write_tree(unfinished, arrays)
+        durable.sync(unfinished)
+        durable.rename(unfinished, place)
+        part = Part(arrays=arrays, quantized=quantized)
+        work.journal.finish_part(name, part)
+        release_freed_memory()
+        return part
+
+    def _arrays(self, task: Task, quantized: dict[str, Any]) -> Iterator[tuple[str, Pieces]]:
+        """The arrays of a checkpoint that a tensor becomes."""
+        stored, found = task.stored, {}
+        if isinstance(stored, StoredWeight) and task.rule == PACKED:
+            found = planes(stored)
+        elif isinstance(stored, StoredWeight):
+            whole = rearrange(stored.dequantize().reshape(task.shape), task.pattern)
+            yield task.target, Pieces.of(whole)
+        elif task.rule == QUANTISED:
+            assert task.group is not None
+            assert task.recipe is not None
+            packed = self.quantizing.pack(stored, task.group, task.recipe)
+            found = packed.arrays
+            quantized[task.path] = {
+                "shape": asdict(packed.shape),
+                "facts": {
+                    "published": task.name,
+                    "bits": packed.shape.bits,
+                    "relative_error": round(packed.relative_error, 5),
+                },
+            }
+        else:
+            yield task.target, moved(stored, task.pattern)
+        for key, array in found.items():
+            yield f"{task.path}.{key}", Pieces.of(array)
+
+    def _copy_tokenizer(self, tree: Path) -> dict[str, str]:
+        """Copies the files of the tokenizer; returns their digests."""
+        gemma = self.inventory.source.gemma
+        if gemma is None:
+            return {}
+        folder = tree / TOKENIZER
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
         for name in TOKENIZER_FILES:
             if (gemma.path / name).is_file():
-                shutil.copyfile(gemma.path / name, folder / TOKENIZER / name)
-    manifest = Manifest(
-        metadata=inventory.metadata,
-        gemma_metadata=None if gemma is None else gemma.metadata,
-        upscaler_metadata={name: upscaler.metadata for name, upscaler in inventory.source.upscalers.items()},
-        num_hidden_states=inventory.num_hidden_states,
-        text_length=text_length,
-        model_version=inventory.source.model_version,
-        parts=parts,
-        quantized={component: layers for component, layers in quantized.items() if layers},
-        linear_names=inventory.expected.linear_names,
-        provenance={
-            "sources": {str(path): _digest(path, advance) for path in files},
-            "options": {
-                "source": str(inventory.source.path),
-                "gemma": None if gemma is None else str(gemma.path),
-                "upscalers": {name: str(upscaler.path) for name, upscaler in inventory.source.upscalers.items()},
-                "quantizing": dict(quantizing.bits),
+                durable.write(folder / name, [(gemma.path / name).read_bytes()])
+        durable.sync(folder)
+        return {f"{TOKENIZER}/{name}": found for name, found in _tokenizer_digests(folder).items()}
+
+    def _manifest(self, finished: dict[str, Part], sources: dict[str, str], inventory_sha256: str) -> Manifest:
+        inventory, gemma = self.inventory, self.inventory.source.gemma
+        parts: dict[str, list[str]] = {component: [] for component in inventory.plans}
+        quantized: dict[str, dict[str, QuantizedShape]] = {component: {} for component in inventory.plans}
+        here = {}
+        for name in sorted(self.parts):
+            component, part = name.split("/")
+            parts[component].append(part)
+            for task in self.parts[name]:
+                if task.rule == PACKED:
+                    quantized[component][task.path] = task.packed_shape
+                elif task.rule == QUANTISED:
+                    how = finished[name].quantized[task.path]
+                    quantized[component][task.path] = QuantizedShape(**how["shape"])
+                    here[f"{component}/{task.path}"] = how["facts"]
+        return Manifest(
+            metadata=inventory.metadata,
+            gemma_metadata=None if gemma is None else gemma.metadata,
+            upscaler_metadata={name: upscaler.metadata for name, upscaler in inventory.source.upscalers.items()},
+            num_hidden_states=inventory.num_hidden_states,
+            text_length=self.text_length,
+            model_version=inventory.source.model_version,
+            parts=parts,
+            quantized={component: layers for component, layers in quantized.items() if layers},
+            linear_names=inventory.expected.linear_names,
+            provenance={
+                "sources": {path: {"bytes": self.stamps[path][0], "sha256": sources[path]} for path in sources},
+                "inventory_sha256": inventory_sha256,
+                "options": self.options,
+                "quantized": [asdict(group) for group in self.report.quantized],  # as it arrived
+                "quantized_here": {"recipe": asdict(RECIPES[self.quantizing.recipe]), "linears": here},
+                "configuration": self.report.configuration,
+                "unpacked_to_bfloat16": [task.name for task in self.tasks if task.rule == UNPACKED],
+                "skipped": list(inventory.skipped) + ([] if gemma is None else list(gemma.skipped)),
+                "ignored": inventory.source.ignored,
+                "warnings": list(self.report.warnings),
+                "versions": _versions(),
             },
-            "quantized": [asdict(group) for group in report.quantized],  # as it arrived
-            "quantized_here": {"table": TABLE, "block_size": BLOCK_SIZE, "linears": quantized_here},
-            "configuration": report.configuration,
-            "unpacked_to_bfloat16": unpacked,
-            "skipped": list(inventory.skipped) + ([] if gemma is None else list(gemma.skipped)),
-            "ignored": inventory.source.ignored,
-            "warnings": list(report.warnings),
-            "seconds": round(time.time() - started, 3),
-            "versions": {name: _version(name) for name in ("ltx-jax", "jax", "flax", "orbax-checkpoint", "numpy")},
-        },
-    )
-    (folder / MANIFEST).write_text(manifest.to_json() + "\n")
-    return manifest
+        )
 
 
-def _read(tensor: LazyTensor, pattern: str) -> np.ndarray:
-    """A tensor with its axes moved, slice by slice: a large one is never there twice, and its pages stay in cache."""
-    left, right = (side.split() for side in pattern.split("->"))
-    if tensor.nbytes < _SLICED:
-        return np.ascontiguousarray(rearrange(tensor.read(), pattern))
-    sizes = dict(zip(left, tensor.shape, strict=True))
-    result = np.empty([sizes[axis] for axis in right], tensor.dtype)
-    rows = np.moveaxis(result, right.index(left[0]), 0)
-    moved = f"{pattern.split('->')[0]} -> {left[0]} {' '.join(axis for axis in right if axis != left[0])}"
-    for start in range(0, tensor.shape[0], _SLICE_ROWS):
-        stop = min(start + _SLICE_ROWS, tensor.shape[0])
-        rows[start:stop] = rearrange(tensor.read_rows(start, stop), moved)
-    return result
-
-
-def _steps(inventory: Inventory) -> Iterator[tuple[str, Step, str, LazyTensor | StoredWeight]]:
-    """Every planned tensor: its component, its step, its published name, itself."""
-    for component, plan in inventory.plans.items():
-        for step in plan.steps:
-            yield component, step, *_stored(inventory, component, step.source)
-
-
-def _stored(inventory: Inventory, component: str, source: str) -> tuple[str, LazyTensor | StoredWeight]:
-    """The full published name of a planned tensor, and the tensor."""
-    if component == "gemma":
-        assert inventory.source.gemma is not None
-        return source, inventory.source.gemma.tensors[source]
-    if component in inventory.source.upscalers:
-        return source, inventory.source.upscalers[component].tensors[source]
-    name = table_of(component, {})[0] + source
-    return name, inventory.weights[name] if name in inventory.weights else inventory.plain[name]
-
-
-def _holds_as_planes(weight: StoredWeight) -> bool:
-    """Whether blocks stay within rows, as the device layout needs, and its lookup is wide enough."""
-    return not weight.flattened and 2 <= weight.bits <= 8
-
-
-def _planes(weight: StoredWeight) -> Mapping[str, np.ndarray]:
-    """The device layout of a packed weight, after all checks of its codes and norms."""
-    weight.check()
-    lo, hi = weight.planes()
-    arrays = {"lo": lo, "norms": weight.norms(), "scaled_centroids": weight.scaled_centroids}
-    return {key: np.asarray(array) for key, array in (arrays | ({} if hi is None else {"hi": hi})).items()}
-
-
-def _shape(weight: StoredWeight) -> QuantizedShape:
-    assert weight.in_features is not None
-    assert weight.out_features is not None
-    return QuantizedShape(
-        in_features=weight.in_features,
-        out_features=weight.out_features,
-        bits=weight.bits,
-        block_size=weight.block_size,
-    )
+def _with_pauses(pieces: Iterable[np.ndarray], pause: Callable[[], None]) -> Iterator[np.ndarray]:
+    """The pieces, and before each one a moment in which the work may be stopped: a large array takes seconds."""
+    for piece in pieces:
+        pause()
+        yield piece
 
 
 def _source_files(source: Source) -> list[Path]:
@@ -391,13 +393,24 @@ def _source_files(source: Source) -> list[Path]:
     return [*source.files, *(upscaler.path for upscaler in source.upscalers.values()), *gemma]
 
 
-def _digest(path: Path, advance: Callable[[str, int], None]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            digest.update(chunk)
-            advance("digests of the sources", len(chunk))
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of files."""
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def _tokenizer_digests(folder: Path) -> dict[str, str]:
+    return {name: file_digest(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+@cache
+def _program_digest() -> str:
+    """Of the code that converts: another version may write other bytes."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest(source_digest(), [path.read_text() for path in files])
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in ("ltx-jax", "jax", "flax", "orbax-checkpoint", "numpy")}
 
 
 def _version(package: str) -> str | None:

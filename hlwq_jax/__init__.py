@@ -7,14 +7,17 @@ from hlwq_jax.linear import Packed, QuantizedLinear, quantize_linears, replace_l
 from hlwq_jax.matmul import FORMS, Form, choose_form, dequantize_planes, quantized_matmul
 from hlwq_jax.names import ResolvedStems, mangle, resolve_stems
 from hlwq_jax.packing import Packing, pack, packed_length, unpack
-from hlwq_jax.planes import pack_planes, plane_widths, planes_from_stream, unpack_planes
-from hlwq_jax.quantize import Quantized, dequantize, quantize
+from hlwq_jax.planes import pack_planes, plane_widths, planes_from_stream, unpack_indices, unpack_planes
+from hlwq_jax.quantize import BEST_RECIPE, PUBLISHED_RECIPE, Quantized, Recipe, dequantize, quantize, random_signs
 from hlwq_jax.reader import Package, find_sidecar, find_tensors, open_folder, read_package
 from hlwq_jax.stored import StoredWeight
 from hlwq_jax.tensors import FormatError, LazyTensor, TensorFile, TensorInfo
+from hlwq_jax.trellis import trellis_encode, trellis_indices, trellis_table
 
 __all__ = [
+    "BEST_RECIPE",
     "FORMS",
+    "PUBLISHED_RECIPE",
     "TABLES",
     "Form",
     "FormatError",
@@ -25,6 +28,7 @@ __all__ = [
     "Packing",
     "Quantized",
     "QuantizedLinear",
+    "Recipe",
     "ResolvedStems",
     "StoredWeight",
     "TableName",
@@ -51,10 +55,15 @@ __all__ = [
     "quantize",
     "quantize_linears",
     "quantized_matmul",
+    "random_signs",
     "read_package",
     "replace_linears",
     "resolve_stems",
     "set_form",
+    "trellis_encode",
+    "trellis_indices",
+    "trellis_table",
     "unpack",
+    "unpack_indices",
     "unpack_planes",
 ]

@@ -4,9 +4,10 @@ Every rotated block had a mean square of exactly 1 before it was rounded to leve
 (their energy) lands on a known number under the right table and off it under another table, bit order or width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
@@ -21,7 +22,13 @@ def block_energies(
     codes: UInt8[np.ndarray, "blocks block"], centroids: Float32[np.ndarray, " levels"]
 ) -> Float64[np.ndarray, " blocks"]:
     """The mean of `level²` of every block. Codes must be below the number of levels."""
-    return np.square(centroids)[codes].mean(axis=1, dtype=np.float64)
+    squares = np.square(centroids)
+    if codes.shape[1] % 2:
+        return squares[codes].mean(axis=1, dtype=np.float64)
+    # Two neighbours as one number of 16 bits, looked up together: in 0.4 of the time.
+    pairs = np.zeros((len(squares), 256), np.float32)
+    pairs[:, : len(squares)] = (squares[:, None] + squares) / 2
+    return pairs.reshape(-1).take(np.ascontiguousarray(codes).view(np.uint16)).mean(axis=1, dtype=np.float64)
 
 
 def expected_energy(
@@ -100,25 +107,43 @@ class Measurement:
         return f"energy {self.mean:.4f}, expected {self.expected:.4f}{few}{wrong}"
 
 
+class Observation(NamedTuple):
+    """What a run of blocks shows; observations of all runs of a weight together are its measurement."""
+
+    energies: np.ndarray
+    num_unclipped: int  # of blocks too low in energy, those that clipping does not explain
+
+
+def observe(codes: UInt8[np.ndarray, "blocks block"], centroids: Float32[np.ndarray, " levels"]) -> Observation:
+    """Looks at blocks (of non-zero norm) under a table."""
+    energies = block_energies(codes, centroids)
+    # A block whose z² average to 1 falls that low only by clipping, which takes an outermost code.
+    low = codes[energies < SATURATED]
+    return Observation(energies, int((~((low == 0) | (low == len(centroids) - 1)).any(axis=1)).sum()))
+
+
 def measure(codes: UInt8[np.ndarray, "blocks block"], centroids: Float32[np.ndarray, " levels"]) -> Measurement:
     """Measures blocks (of non-zero norm) under a table."""
-    energies = block_energies(codes, centroids)
-    saturated = energies < SATURATED
-    # A block whose z² average to 1 falls that low only by clipping, which takes an outermost code.
-    low = codes[saturated]
-    unclipped = int((~((low == 0) | (low == len(centroids) - 1)).any(axis=1)).sum())
-    kept = energies[~saturated]
+    return conclude([observe(codes, centroids)], centroids, codes.shape[1])
+
+
+def conclude(
+    observations: Sequence[Observation], centroids: Float32[np.ndarray, " levels"], block_size: int
+) -> Measurement:
+    """The measurement of all observed blocks together."""
+    energies = np.concatenate([observation.energies for observation in observations])
+    kept = energies[energies >= SATURATED]
     # 10 %: rounding, and the choice between tables A and B where it is open, can move a block by less than that.
     possible = kept[kept <= 1.1 * highest_energy(centroids)]
-    too_high = int(kept.size - possible.size)
+    num_saturated, too_high = int(energies.size - kept.size), int(kept.size - possible.size)
     if too_high < possible.size:  # else the average of all is the better evidence
         kept = possible
     return Measurement(
         mean=float((kept if kept.size else energies).mean()) if energies.size else 0.0,
-        expected=expected_energy(centroids, codes.shape[1]),
+        expected=expected_energy(centroids, block_size),
         num_blocks=int(kept.size),
-        num_saturated=int(saturated.sum()),
-        num_impossible=unclipped + too_high,
+        num_saturated=num_saturated,
+        num_impossible=sum(observation.num_unclipped for observation in observations) + too_high,
         spread=float(kept.std()) if kept.size else 0.0,
     )
 

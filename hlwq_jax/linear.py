@@ -1,6 +1,7 @@
 """`QuantizedLinear`, a drop-in for `nnx.Linear` that keeps its weight packed, and swapping it into any NNX model."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hlwq_jax.codebook import TableName
 from hlwq_jax.hadamard import check_block_size
 from hlwq_jax.matmul import FORMS, Form, dequantize_planes, quantized_matmul
 from hlwq_jax.planes import pack_planes, plane_widths
-from hlwq_jax.quantize import Quantized, quantize
+from hlwq_jax.quantize import PUBLISHED_RECIPE, Quantized, Recipe
+from hlwq_jax.trellis import check_trellis
 
 Path = tuple[str | int, ...]
 
@@ -35,28 +36,38 @@ class QuantizedLinear(nnx.Module):
         *,
         bits: int = 5,
         block_size: int = 128,
+        history_bits: int = 0,
+        signs: bool = False,
         use_bias: bool = True,
         bias_dtype: jax.typing.DTypeLike = jnp.float32,
         form: Form | Literal["auto"] = "auto",
         shared_outputs: int | None = None,
         num_layers: tuple[int, ...] = (),
     ):
-        """`shared_outputs` counts the outputs of all layers fed the same x; `num_layers` are axes of stacked layers."""
+        """`history_bits` above 0 are those of a trellis; `signs` says that the weight's columns have signs.
+
+        `shared_outputs` counts the outputs of all layers fed the same x; `num_layers` are axes of stacked layers.
+        """
         check_block_size(block_size)
+        if history_bits:
+            check_trellis(bits, history_bits)
         _check_form(form)
         self.in_features = in_features
         self.out_features = out_features
         self.bits = bits
         self.block_size = block_size
+        self.history_bits = history_bits
         self.form: Form | Literal["auto"] = form
-        self.shared_outputs = out_features if shared_outputs is None else shared_outputs
+        # With signs each layer has an x of its own, and shares no rotation with others.
+        self.shared_outputs = out_features if shared_outputs is None or signs else shared_outputs
         num_blocks = -(-in_features // block_size)
         lo_words, hi_words = plane_widths(num_blocks * block_size, bits)
         rows = (*num_layers, out_features)
         self.lo = Packed(jnp.zeros((*rows, lo_words), jnp.uint32))
         self.hi = Packed(jnp.zeros((*rows, hi_words), jnp.uint32)) if hi_words else None
         self.norms = Packed(jnp.zeros((*rows, num_blocks), jnp.float16))
-        self.scaled_centroids = Packed(jnp.zeros((*num_layers, 2**bits), jnp.float32))
+        self.scaled_centroids = Packed(jnp.zeros((*num_layers, 2 ** (bits + history_bits)), jnp.float32))
+        self.signs = Packed(jnp.ones((*num_layers, in_features), jnp.int8)) if signs else None
         self.bias = nnx.Param(jnp.zeros(rows, bias_dtype)) if use_bias else None
 
     @classmethod
@@ -74,12 +85,21 @@ class QuantizedLinear(nnx.Module):
         shared_outputs: int | None = None,
     ) -> "QuantizedLinear":
         lo, hi = pack_planes(weight.codes, weight.bits)
-        parts = {"lo": lo, "hi": hi, "norms": weight.norms, "scaled_centroids": weight.scaled_centroids, "bias": bias}
+        parts = {
+            "lo": lo,
+            "hi": hi,
+            "norms": weight.norms,
+            "scaled_centroids": weight.scaled_centroids,
+            "signs": weight.signs,
+            "bias": bias,
+        }
         layer = cls.abstract(
             weight.in_features,
             weight.out_features,
             bits=weight.bits,
             block_size=weight.block_size,
+            history_bits=weight.history_bits,
+            signs=weight.signs is not None,
             use_bias=bias is not None,
             form=form,
             shared_outputs=shared_outputs,
@@ -91,33 +111,31 @@ class QuantizedLinear(nnx.Module):
         cls,
         linear: nnx.Linear,
         *,
-        bits: int = 5,
-        block_size: int = 128,
-        table: TableName = "A",
+        recipe: Recipe = PUBLISHED_RECIPE,
         form: Form | Literal["auto"] = "auto",
         shared_outputs: int | None = None,
     ) -> "QuantizedLinear":
         """Quantizes a layer's kernel (or the kernels of stacked layers, one by one) and takes over its bias."""
         kernel = np.asarray(linear.kernel[...], np.float32)
         layers, (in_features, out_features) = kernel.shape[:-2], kernel.shape[-2:]
-        weights = [
-            quantize(np.ascontiguousarray(k.T), bits=bits, block_size=block_size, table=table)
-            for k in kernel.reshape(-1, in_features, out_features)
-        ]
-        planes = [pack_planes(weight.codes, bits) for weight in weights]
+        weights = [recipe.quantize(np.ascontiguousarray(k.T)) for k in kernel.reshape(-1, in_features, out_features)]
+        planes = [pack_planes(weight.codes, recipe.bits) for weight in weights]
         parts = {
             "lo": [lo for lo, _ in planes],
             "hi": [hi for _, hi in planes],
             "norms": [weight.norms for weight in weights],
             "scaled_centroids": [weight.scaled_centroids for weight in weights],
+            "signs": [weight.signs for weight in weights],
         }
         stacked = {n: np.stack(p).reshape(*layers, *p[0].shape) for n, p in parts.items() if p[0] is not None}
         bias = None if linear.bias is None else linear.bias[...]
         layer = cls.abstract(
             in_features,
             out_features,
-            bits=bits,
-            block_size=block_size,
+            bits=recipe.bits,
+            block_size=recipe.block_size,
+            history_bits=recipe.history_bits,
+            signs=recipe.sign_seed is not None,
             use_bias=bias is not None,
             form=form,
             shared_outputs=shared_outputs,
@@ -145,6 +163,8 @@ class QuantizedLinear(nnx.Module):
             self.scaled_centroids[...],
             bits=self.bits,
             block_size=self.block_size,
+            history_bits=self.history_bits,
+            signs=None if self.signs is None else self.signs[...],
             form=self.form,
             shared_outputs=self.shared_outputs,
         )
@@ -159,6 +179,8 @@ class QuantizedLinear(nnx.Module):
             self.scaled_centroids[...],
             bits=self.bits,
             block_size=self.block_size,
+            history_bits=self.history_bits,
+            signs=None if self.signs is None else self.signs[...],
         )
         return weight[..., : self.in_features]
 
@@ -186,23 +208,21 @@ def quantize_linears(
     model: nnx.Module,
     *,
     select: Callable[[Path, nnx.Linear], bool | int] = lambda path, linear: True,
-    bits: int = 5,
-    block_size: int = 128,
-    table: TableName = "A",
+    recipe: Recipe = PUBLISHED_RECIPE,
     form: Form | Literal["auto"] = "auto",
 ) -> list[Path]:
     """Quantizes the `nnx.Linear` layers of a model in place and returns the paths of those it quantized.
 
-    `select(path, linear)` says whether, or at how many bits. Keep small or sensitive layers (embeddings, modulation,
-    gates) out: a block with a large mean decodes badly, as there are no sign flips before the rotation.
+    `select(path, linear)` says whether, or at how many bits if not at the recipe's. Keep small or sensitive layers
+    (embeddings, modulation, gates) out: without signs, a block with a large mean decodes badly.
     """
 
     def make(path: Path, linear: nnx.Linear) -> nnx.Module | None:
         chosen = select(path, linear)
         if chosen is False:
             return None
-        width = bits if chosen is True else int(chosen)
-        return QuantizedLinear.from_linear(linear, bits=width, block_size=block_size, table=table, form=form)
+        chosen_recipe = recipe if chosen is True else replace(recipe, bits=int(chosen))
+        return QuantizedLinear.from_linear(linear, recipe=chosen_recipe, form=form)
 
     return replace_linears(model, make)
 

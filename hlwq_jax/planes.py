@@ -3,9 +3,13 @@
 Up to six bits, `lo` holds the low four bits of eight neighbours and `hi` what is above them: 1 or 2 bits (5 and 6 bits
 a code) of 32 or 16 neighbours. Two and three bits ride in the nibbles. A 5-bit weight so takes exactly 5 bits, and one
 elementwise kernel without scratch memory unpacks it on every target, which the groups of 5 bytes in the files do not
-allow. Seven and eight bits take a byte: `lo` then holds four neighbours and there is no `hi`. Two nibble planes
-would be as small, but took 1.7 times as long to unpack (scripts/bench_quantized_linear.py).
+allow. The codes of a trellis are stored alike; at 5 bits their paths are `hi`, where a window is a shift of two words.
+Seven and eight bits take a byte: `lo` then holds four neighbours and there is no `hi`. Two nibble planes would be as
+small, but took 1.7 times as long to unpack (scripts/bench_quantized_linear.py).
 """
+
+from functools import reduce
+from operator import or_
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +56,47 @@ def unpack_planes(
     if hi is not None:
         codes |= _spread(hi, high)[..., :num_codes] << low
     return codes
+
+
+def unpack_indices(
+    lo: UInt32[Array, "*batch lo"],
+    hi: UInt32[Array, "*batch hi"] | None,
+    *,
+    bits: int,
+    history_bits: int,
+    block_size: int,
+    num_codes: int,
+) -> UInt32[Array, "*batch codes"]:
+    """Where in the table the levels of a weight's rows stand: codes, or with a trellis `trellis_indices` of each block.
+
+    Shifts and masks as well, and one more word read for each.
+    """
+    codes = unpack_planes(lo, hi, bits=bits, num_codes=num_codes)
+    if not history_bits:
+        return codes
+    low, high = _widths(bits)
+    if hi is None:
+        words, width, place = lo, low, bits - 1
+    else:
+        words, width, place = hi, high, bits - 1 - low
+    windows = _windows(words, width, place, history_bits)[..., :num_codes]
+    # What lies before a block does not count: its first code has no history, the next one bit, and so on.
+    missing = np.maximum(history_bits - np.arange(block_size), 0).astype(np.uint32)
+    blocks = windows.reshape(*windows.shape[:-1], -1, block_size)
+    windows = (blocks >> missing << missing).reshape(windows.shape)
+    return codes & jnp.uint32(2 ** (bits - 1) - 1) | windows << (bits - 1)
+
+
+def _windows(words: jax.Array, width: int, place: int, history_bits: int) -> jax.Array:
+    """Bit `place` of each field of `width` bits (on top) and of the `history_bits` fields before it."""
+    before = jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(1, 0)])[..., :-1]
+    used = np.arange(width, 33, width, dtype=np.uint32)  # bits of the word up to the end of each field
+    fields = words[..., None] << (32 - used) | before[..., None] >> used
+    fields = fields.reshape(*words.shape[:-1], -1)  # a field is now at the top of its word, those before it below
+    if width == 1:
+        return fields >> (31 - history_bits)
+    paths = [fields >> (32 - width * (age + 1) + place) & 1 for age in range(history_bits + 1)]
+    return reduce(or_, (path << (history_bits - age) for age, path in enumerate(paths)))
 
 
 def _spread(words: jax.Array, width: int) -> jax.Array:

@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import BFloat16, Float16, Float32, UInt8, UInt32
 
 from hlwq_jax.codebook import TableName
-from hlwq_jax.energy import Measurement, measure, plausible
+from hlwq_jax.energy import Measurement, conclude, measure, observe, plausible
 from hlwq_jax.packing import Packing, packed_length, unpack
-from hlwq_jax.planes import pack_planes, planes_from_stream
+from hlwq_jax.planes import pack_planes, plane_widths, planes_from_stream
 from hlwq_jax.quantize import Quantized, dequantize, scale_centroids
 from hlwq_jax.tensors import FormatError, LazyTensor
 
+_RUN_CODES = 2**19  # that are unpacked at a time: they stay in cache
 _SAMPLE_RUNS, _SAMPLE_RUN = 4, 16  # blocks looked at when a package is opened: four runs of sixteen
 
 
@@ -66,6 +67,32 @@ class StoredWeight:
         if self.packing == "M" and self.bits == 5 and row_codes % 32 == 0:
             return planes_from_stream(self._bytes(0, self.code_tensor.size), out_features=rows, row_codes=row_codes)
         return pack_planes(self.codes(), self.bits)
+
+    def checked_planes(
+        self,
+    ) -> tuple[UInt32[np.ndarray, "out lo"], UInt32[np.ndarray, "out hi"] | None, Float16[np.ndarray, "out blocks"]]:
+        """`planes` and `norms` after the checks of `check`; the file is read once, the codes are never all there."""
+        self._need_rows()
+        num_rows, row_codes = self.norm_tensor.size // self.num_blocks, self.num_blocks * self.block_size
+        lo_words, hi_words = plane_widths(row_codes, self.bits)
+        lo, hi = np.empty((num_rows, lo_words), np.uint32), np.empty((num_rows, hi_words), np.uint32)
+        norms = self._read_norms().reshape(num_rows, self.num_blocks)
+        step = max(_RUN_CODES // row_codes // 8 * 8, 8)  # whole groups of eight codes
+        observations = []
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(start + step, num_rows))
+            stream, codes = self._read_stream(rows.start * self.num_blocks, rows.stop * self.num_blocks)
+            observations.append(observe(codes[norms[rows].reshape(-1) != 0], self.centroids))
+            if self.packing == "M" and self.bits == 5 and row_codes % 32 == 0:
+                lo[rows], hi[rows] = planes_from_stream(stream, out_features=len(lo[rows]), row_codes=row_codes)
+                continue
+            lo[rows], high = pack_planes(codes.reshape(-1, row_codes), self.bits)
+            if high is not None:
+                hi[rows] = high
+        measured = conclude(observations, self.centroids, self.block_size)
+        if not plausible(measured, self.centroids, self.block_size):
+            raise FormatError(self.evidence(measured))
+        return lo, hi if hi_words else None, norms
 
     def quantized(self) -> Quantized:
         """The weight in memory, checked, as `QuantizedLinear.from_quantized` takes it."""
@@ -142,11 +169,16 @@ class StoredWeight:
         return replace(self, packing="L" if self.packing == "M" else "M")
 
     def _read_blocks(self, start: int, stop: int) -> np.ndarray:
+        return self._read_stream(start, stop)[1]
+
+    def _read_stream(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """A run of blocks, as bytes and as codes."""
         count = (stop - start) * self.block_size
         first = packed_length(start * self.block_size, bits=self.bits, packing=self.packing)
         length = packed_length(count, bits=self.bits, packing=self.packing)
+        stream = self._bytes(first, first + length)
         codes = unpack(
-            self._bytes(first, first + length),
+            stream,
             num_codes=count,
             bits=self.bits,
             packing=self.packing,
@@ -158,7 +190,7 @@ class StoredWeight:
                 f"{self.name}: the largest code is {largest}, expected below {len(self.centroids)} at {self.bits} bits:"
                 f" wrong width, or damaged data ({self.code_tensor.where})"
             )
-        return codes.reshape(-1, self.block_size)
+        return stream, codes.reshape(-1, self.block_size)
 
     def _bytes(self, start: int, stop: int) -> np.ndarray:
         return self.code_tensor.read_flat(start, stop).view(np.uint8)

@@ -6,7 +6,7 @@
 
 A component is one model; a part is one of its layers (`blocks.007`), or `shared` for what belongs to none. So neither
 side ever holds more than one layer of a large model twice. A quantized linear stores its packed planes (`lo`, `hi`,
-`norms`, `scaled_centroids`) where a plain one stores `kernel`.
+`norms`, `scaled_centroids`, and `signs` where it has them) where a plain one stores `kernel`.
 """
 
 import json
@@ -66,6 +66,8 @@ class QuantizedShape:
     out_features: int
     bits: int
     block_size: int
+    history_bits: int = 0  # of a trellis; 0: each code has its own level
+    signs: bool = False  # whether columns were multiplied by signs before they were packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,8 @@ class Configs:
         shallow = replace(config, **flat) if component == "connectors" else flat[""]
         model = abstract(lambda rngs: MODELS[component](shallow, rngs=rngs))
         depths = {}
-        for path, (owner, _) in layer_lists(model).items():
+        owners: dict[str, Any] = {path: owner for path, (owner, _) in layer_lists(model).items()}
+        for path, owner in owners.items():
             owner.config = deep[path.rpartition(".")[0]]
             depths[path] = owner.config.num_layers
         return model, depths

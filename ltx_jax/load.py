@@ -102,6 +102,8 @@ def _packed(shape: QuantizedShape, use_bias: bool, sharing: int) -> Any:
         shape.out_features,
         bits=shape.bits,
         block_size=shape.block_size,
+        history_bits=shape.history_bits,
+        signs=shape.signs,
         use_bias=use_bias,
         shared_outputs=sharing * shape.out_features,
     )

@@ -14,7 +14,6 @@ from convert import ConvertError, convert
 from convert.__main__ import main
 from convert.mapping import flatten
 from convert.tables.transformer import TRANSFORMER
-from convert.writer import MARKER
 from hlwq_jax import FormatError, TensorFile, open_folder, unpack_planes
 from ltx_jax.checkpoint import MANIFEST, CheckpointError, Manifest
 from ltx_jax.config import ConfigError
@@ -84,17 +83,6 @@ def test_a_destination_is_never_overwritten_by_accident(mini_checkpoint, mini_re
     (tmp_path / "file").write_text("")
     with pytest.raises(ConvertError, match="is a file"):
         convert(package, tmp_path / "file")
-
-
-def test_a_failed_conversion_leaves_nothing_and_a_broken_one_is_cleared(package, codes, rewrite, tmp_path, monkeypatch):
-    left = tmp_path / "out.converting"
-    left.mkdir()
-    (left / MARKER).write_text("{}")
-    (left / "half").write_text("written")
-    monkeypatch.setattr("convert.writer.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert main([str(package), str(tmp_path / "out")]) == 2
-    assert not left.exists()
-    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------ refusals

@@ -90,7 +90,12 @@ def test_what_can_be_quantised_besides_is_counted(expected):
         if group is not None:
             groups[group].append(name)
             assert target.linear
-    assert {group: len(names) for group, names in groups.items()} == {"connectors": 96, "projection": 2, "adaln": 24}
+    assert {group: len(names) for group, names in groups.items()} == {
+        "blocks": 48 * 28,
+        "connectors": 96,
+        "projection": 2,
+        "adaln": 24,
+    }
     assert all("embeddings_connector.transformer_1d_blocks" in name for name in groups["connectors"])
     assert all("adaln_single" in name for name in groups["adaln"])
     assert not any("gate_logits" in name for names in groups.values() for name in names)

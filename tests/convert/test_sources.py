@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from convert import ConvertError, convert, inspect
 from convert.__main__ import main
+from convert.arrays import read
+from convert.destination import MARKER, WORKING
 from convert.files import open_source
-from convert.writer import MARKER, WORKING, _read
 from hlwq_jax import LazyTensor, TensorFile, quantize
 from ltx_jax.checkpoint import Manifest
 from ltx_jax.orbax_io import restore
@@ -133,12 +134,10 @@ def test_a_folder_that_is_there_is_filled_and_keeps_what_others_put_into_it(pack
     dest = tmp_path / "dest"
     (dest / WORKING).mkdir(parents=True)  # as a conversion that was killed leaves it
     (dest / WORKING / MARKER).write_text("{}")
-    (dest / "gemma").mkdir()
     monkeypatch.chdir(dest)
     convert(package, ".")
-    assert sorted(path.name for path in dest.iterdir() if path.is_file()) == ["manifest.json"]
+    assert sorted(path.name for path in dest.iterdir() if path.is_file()) == ["inventory.json", "manifest.json"]
     assert not (dest / WORKING).exists()
-    assert not (dest / "gemma").exists()
     (dest / "notes.txt").write_text("mine")
     convert(package, ".", overwrite=True)
     assert (dest / "notes.txt").read_text() == "mine"
@@ -148,4 +147,4 @@ def test_a_folder_that_is_there_is_filled_and_keeps_what_others_put_into_it(pack
 @pytest.mark.parametrize(("shape", "pattern"), [((700, 900), "o i -> i o"), ((600, 7, 3, 60), "o i h w -> h w i o")])
 def test_reading_by_slices_moves_axes_as_reading_at_once(shape, pattern):
     array = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    np.testing.assert_array_equal(_read(LazyTensor.from_array("x", array), pattern), rearrange(array, pattern))
+    np.testing.assert_array_equal(read(LazyTensor.from_array("x", array), pattern), rearrange(array, pattern))

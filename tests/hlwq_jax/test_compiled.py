@@ -15,8 +15,8 @@ WEIGHT_BYTES = SIZE * SIZE * 2
 pytestmark = needs_card_compiler
 
 
-def compiled_layer(card: str, num_tokens: int, form: str):
-    layer = QuantizedLinear.abstract(SIZE, SIZE, use_bias=False, form=form)
+def compiled_layer(card: str, num_tokens: int, form: str, **settings):
+    layer = QuantizedLinear.abstract(SIZE, SIZE, use_bias=False, form=form, **settings)
     graphdef, state = nnx.split(layer)
     x = jax.ShapeDtypeStruct((num_tokens, SIZE), jnp.bfloat16)
     return compile_for(card, lambda state, x: nnx.merge(graphdef, state)(x), state, x)
@@ -56,6 +56,31 @@ def test_kernels_arrays_and_memory_of_a_form(card, num_tokens, form):
 def test_the_form_that_is_chosen_compiles_to_the_one_it_names(num_tokens, form):
     auto, named = (compiled_layer("rtx4090", num_tokens, choice).as_text() for choice in ("auto", form))
     assert [described(kernel) for kernel in kernels(auto)] == [described(kernel) for kernel in kernels(named)]
+
+
+@pytest.mark.parametrize("card", ["rtx4090", "h100"])
+@pytest.mark.parametrize("bits", [4, 5, 6])
+@pytest.mark.parametrize("form", ["rotate_input", "rotate_weight"])
+def test_a_trellis_compiles_to_the_kernels_and_memory_of_scalar_codes(card, bits, form):
+    trellis, scalar = (
+        compiled_layer(card, 8192, form, bits=bits, history_bits=history_bits) for history_bits in (7, 0)
+    )
+    launches = [
+        [described(kernel) for kernel in kernels(compiled.as_text()) if kernel.outputs[0].size > 2 ** (bits + 7)]
+        for compiled in (trellis, scalar)
+    ]
+    assert launches[0] == launches[1]
+    temporary = [compiled.memory_analysis().temp_size_in_bytes for compiled in (trellis, scalar)]
+    assert temporary[0] - temporary[1] < 2**16  # the levels, scaled; a weight has 32 MiB
+
+
+def test_signs_add_no_array_of_a_weights_size():
+    with_signs, without = (compiled_layer("rtx4090", 512, "rotate_input", signs=signs) for signs in (True, False))
+    weights = [
+        [buffer for buffer in buffers(compiled.as_text()) if buffer.size >= SIZE * SIZE]
+        for compiled in (with_signs, without)
+    ]
+    assert len(weights[0]) == len(weights[1]) == 1
 
 
 def test_stacked_layers_hold_one_weight_at_a_time():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from jax import Array
 
-from hlwq_jax import FORMS, Quantized, choose_form, pack_planes, quantized_matmul
+from hlwq_jax import FORMS, Quantized, Recipe, choose_form, pack_planes, quantized_matmul
 
-from .conftest import random_quantized
+from .conftest import gaussian, random_quantized
 
 # Relative error of the product. float32: "exact" multiplies the decoder's own weight, but for a value in ten thousand
 # that float32 sums in another order round to the next bfloat16; the other forms skip that rounding (2^-9 at most,
@@ -38,6 +38,21 @@ def test_every_form_multiplies_by_the_decoded_weight(bits, form, dtype):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 300)), dtype)
     y = quantized_matmul(x, *operands(weight), bits=bits, block_size=128, form=form)
     assert (y.shape, y.dtype) == ((2, 3, 24), x.dtype)
+    expected = np.asarray(x, np.float64) @ weight.dequantize().astype(np.float64).T
+    error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+    assert error < TOLERANCE[dtype, form]
+
+
+@pytest.mark.parametrize(("bits", "history_bits"), [(2, 7), (4, 5), (5, 3), (5, 7), (6, 7)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_multiplies_by_the_weight_of_a_trellis_with_signs(bits, history_bits, form, dtype):
+    recipe = Recipe(bits=bits, history_bits=history_bits, sign_seed=1, norm="least-squares")
+    weight = recipe.quantize(gaussian(24, 300))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 300)), dtype)
+    signs = jnp.asarray(weight.signs)
+    layout = {"bits": bits, "block_size": 128, "history_bits": history_bits}
+    y = quantized_matmul(x, *operands(weight), **layout, signs=signs, form=form)
     expected = np.asarray(x, np.float64) @ weight.dequantize().astype(np.float64).T
     error = np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
     assert error < TOLERANCE[dtype, form]

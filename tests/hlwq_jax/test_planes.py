@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hlwq_jax import pack, pack_planes, plane_widths, planes_from_stream, unpack_planes
+from hlwq_jax import pack, pack_planes, plane_widths, planes_from_stream, trellis_indices, unpack_indices, unpack_planes
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -38,3 +38,21 @@ def test_planes_come_straight_from_a_published_stream():
         np.testing.assert_array_equal(plane, expected)
     with pytest.raises(ValueError, match="got 299 bytes"):
         planes_from_stream(stream[:-1], out_features=3, row_codes=160)
+
+
+@pytest.mark.parametrize("bits", range(2, 7))
+@pytest.mark.parametrize(("num_codes", "block_size"), [(256, 128), (96, 32), (24, 8), (6, 1)])
+def test_indices_of_a_trellis_come_straight_from_planes(bits, num_codes, block_size):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (2, 3, num_codes), dtype=np.uint8)
+    lo, hi = pack_planes(codes, bits)
+    for history_bits in (0, 3, 5, 7):
+        expected = trellis_indices(codes.reshape(2, 3, -1, block_size), bits=bits, history_bits=history_bits)
+        found = unpack_indices(
+            jnp.asarray(lo),
+            None if hi is None else jnp.asarray(hi),
+            bits=bits,
+            history_bits=history_bits,
+            block_size=block_size,
+            num_codes=num_codes,
+        )
+        np.testing.assert_array_equal(found, expected.reshape(codes.shape))

@@ -1,9 +1,11 @@
+import sys
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hlwq_jax import TABLES, dequantize, lloyd_max, quantize
-from hlwq_jax.quantize import nearest
+from hlwq_jax import BEST_RECIPE, TABLES, Recipe, dequantize, lloyd_max, quantize, random_signs
+from hlwq_jax.quantize import nearest, rows_at_once
 
 from .conftest import gaussian
 
@@ -83,3 +85,88 @@ def test_norms_that_float16_cannot_hold_are_refused():
 def test_codes_without_a_level_are_refused():
     with pytest.raises(ValueError, match="below 32, got 32"):
         dequantize(np.full((1, 8), 32, np.uint8), np.ones((1, 1), np.float16), lloyd_max(5), block_size=8)
+
+
+def relative_error(weight, quantized) -> float:
+    return float(np.sum((quantized.dequantize().astype(np.float32) - weight) ** 2) / np.sum(weight**2))
+
+
+FAMILIES = {
+    "Gaussian": lambda rng, shape: rng.standard_normal(shape),
+    "Laplace": lambda rng, shape: rng.laplace(size=shape),
+    "Student-t": lambda rng, shape: rng.standard_t(5, size=shape),
+    "non-zero mean": lambda rng, shape: rng.standard_normal(shape) + 1,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_signs_and_a_trellis_every_family_has_the_error_of_gaussian_weights(family):
+    weight = FAMILIES[family](np.random.default_rng(0), (64, 1024)).astype(np.float32)
+    assert relative_error(weight, BEST_RECIPE.quantize(weight)) < 0.00125  # 0.0012, and 2 % for so few values
+    converged = Recipe(table="converged", sign_seed=0, norm="least-squares").quantize(weight)
+    assert relative_error(weight, converged) < 0.00247
+    if family == "non-zero mean":
+        assert relative_error(weight, quantize(weight, table="converged")) > 0.05  # what signs are for
+
+
+def test_signs_are_those_of_splitmix64():
+    # Its first outputs for the seed 0: e220a839…, 6e789e6a…, 06c45d18…, f88bb8a8…, 1b39896a….
+    assert random_signs(5, 0).tolist() == [-1, 1, 1, -1, 1]
+    assert abs(random_signs(10000, 7).sum(dtype=int)) < 400  # four standard deviations
+
+
+def test_signs_only_turn_columns():
+    weight = gaussian(5, 300)
+    signs = random_signs(300, 3)
+    quantized, turned = quantize(weight, signs=signs), quantize(weight * signs)
+    np.testing.assert_array_equal(quantized.codes, turned.codes)
+    np.testing.assert_array_equal(quantized.dequantize(), turned.dequantize() * signs)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(table="converged"), Recipe(history_bits=3)])
+def test_the_least_squares_norm_is_the_best(recipe):
+    weight = gaussian(32, 256)
+    plain, fitted = (
+        quantize(weight, table=recipe.table, history_bits=recipe.history_bits, norm=norm)
+        for norm in ("l2", "least-squares")
+    )
+    np.testing.assert_array_equal(plain.codes, fitted.codes)
+    best = relative_error(weight, fitted)
+    assert best < relative_error(weight, plain)
+    for factor in (0.995, 1.005):
+        moved = (fitted.norms * np.float16(factor)).astype(np.float16)
+        decoded = dequantize(fitted.codes, moved, fitted.centroids, history_bits=recipe.history_bits)
+        assert np.sum((decoded.astype(np.float32) - weight) ** 2) / np.sum(weight**2) > best
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), BEST_RECIPE, Recipe(table="converged", norm="least-squares")])
+def test_slices_of_rows_are_quantized_as_the_whole(recipe, monkeypatch):
+    monkeypatch.setattr(sys.modules["hlwq_jax.quantize"], "_CHUNK", 16 * 384)
+    weight = gaussian(70, 300)
+    whole, step = recipe.quantize(weight), rows_at_once(300)
+    assert step == 16
+    parts = [recipe.quantize(weight[start : start + 2 * step]) for start in range(0, 70, 2 * step)]
+    np.testing.assert_array_equal(np.concatenate([part.codes for part in parts]), whole.codes)
+    np.testing.assert_array_equal(np.concatenate([part.norms for part in parts]), whole.norms)
+
+
+@pytest.mark.parametrize(
+    ("bits", "block_size", "in_features"), [(2, 128, 100), (3, 64, 200), (4, 32, 32), (6, 256, 300)]
+)
+def test_trellises_of_other_widths_and_blocks(bits, block_size, in_features):
+    weight = gaussian(24, in_features)
+    recipe = Recipe(bits=bits, block_size=block_size, history_bits=3, sign_seed=1, norm="least-squares")
+    scalar = Recipe(bits=bits, block_size=block_size, table="converged", sign_seed=1, norm="least-squares")
+    assert relative_error(weight, recipe.quantize(weight)) < 0.8 * relative_error(weight, scalar.quantize(weight))
+
+
+def test_a_trellis_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="got bits 8, history_bits 3"):
+        quantize(gaussian(2, 128), bits=8, history_bits=3)
+
+
+def test_a_zero_block_decodes_to_zero_by_every_recipe():
+    for recipe in (BEST_RECIPE, Recipe(norm="least-squares")):
+        quantized = recipe.quantize(np.zeros((1, 128), np.float32))
+        assert quantized.norms[0, 0] == 0
+        assert not quantized.dequantize().any()

@@ -153,7 +153,7 @@ def pack_layers(layers, bits: tuple[int | None, ...]) -> None:
     """Packs each layer in so many bits; None leaves it plain."""
     for layer, width in zip(layers, bits, strict=True):
         if width is not None:
-            quantize_linears(layer, bits=width, select=lambda path, linear: path[-1] != "to_gate_logits")
+            quantize_linears(layer, select=lambda path, _, width=width: path[-1] != "to_gate_logits" and width)
 
 
 def check_gemma(dtype: Any, weights: Any, bits: tuple[int | None, ...], num_runs: int):
