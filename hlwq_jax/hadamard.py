@@ -58,27 +58,6 @@ def rotate(x: Float[Array, "*batch block"], *, exponent: int) -> Float[Array, "*
     )
 
 
-_PART = 32
-
-
-def rotate_in_parts(x: Float[Array, "*batch block"]) -> Float[Array, "*batch block"]:
-    """`x @ hadamard_matrix(block)` with a quarter of the multiplications at 128, and half the time on a CPU.
-
-    The matrix of a block is that of a part, repeated with the signs of the small matrix over the parts: one product for
-    all parts, then sums and differences of parts, which fuse into what follows.
-    """
-    block_size = x.shape[-1]
-    part = min(block_size, _PART)
-    products = x.reshape(*x.shape[:-1], -1, part)
-    products = jnp.matmul(products, jnp.asarray(signs(part), x.dtype), precision=jax.lax.Precision.HIGHEST)
-    parts = [products[..., i, :] for i in range(block_size // part)]
-    half = 1
-    while half < len(parts):
-        parts = [parts[i ^ half] - y if i & half else y + parts[i ^ half] for i, y in enumerate(parts)]
-        half *= 2
-    return jnp.concatenate(parts, axis=-1) * jnp.asarray(block_size**-0.5, x.dtype)
-
-
 def precision_for(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """float32 products are never done in TF32 here: they are the ones that are compared with a reference."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float16, Float32, Int8, UInt32
 
 from hlwq_jax.fused import fused_supports, fused_weight
-from hlwq_jax.hadamard import precision_for, rotate, rotate_in_parts
+from hlwq_jax.hadamard import hadamard_matrix, precision_for, rotate
 from hlwq_jax.planes import unpack_indices
 
 Form = Literal["rotate_input", "rotate_weight", "exact", "fused"]
@@ -180,7 +180,7 @@ def _exact_weight(packed, code: _Code) -> jax.Array:
     """The decoder's bfloat16 weight, held as float32."""
     lo, hi, norms, scaled_centroids = packed
     blocks = _lookup(lo, hi, scaled_centroids, code, num_blocks=norms.shape[1])
-    blocks = rotate_in_parts(blocks)
+    blocks = jnp.matmul(blocks, hadamard_matrix(code.block_size), precision=jax.lax.Precision.HIGHEST)
     # Rounded to bfloat16 by an operation of its own: inside jit a cast there and back is compiled away.
     weight = jax.lax.reduce_precision(blocks * norms.astype(jnp.float32)[..., None], exponent_bits=8, mantissa_bits=7)
     return weight.reshape(norms.shape[0], -1)
