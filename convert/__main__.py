@@ -44,7 +44,7 @@ class Convert:
     """Bits of some linears, as 'blocks.0=8,blocks.43-47=6,*=5': the first that fits holds; 16 leaves a linear as it is.
     """
     recipe: str = RECIPE
-    """How to pack: scalar; trellis (least error, hours on a CPU); or published, which other programs can read."""
+    """How to pack: scalar; trellis (least error, slow on a CPU); or published, which other programs can read."""
     overwrite: bool = False
     """Replace a finished checkpoint at DEST."""
 
@@ -103,8 +103,8 @@ def _with_groups(argv: list[str]) -> list[str]:
     done = []
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         done.append(word)
-        named = {group.strip() for group in following.split(",") if group.strip()}
-        if word == "--quantize" and (not named or following.startswith("-") or not named & set(OPTIONAL)):
+        named = {group.strip() for group in following.split(",")}
+        if word == "--quantize" and not named & set(OPTIONAL):
             done.append("blocks")
     return done
 

@@ -1,7 +1,7 @@
 """One weight to codes and norms, and back, in float32.
 
 By default as the original packer and reader compute it, bit for bit. A `Recipe` can do better at the same size: a
-converged or a trellis codebook, signs before the rotation, norms that fit the levels (docs/quantization.md).
+converged or a trellis codebook, signs before the rotation, norms that fit the levels.
 """
 
 from dataclasses import dataclass

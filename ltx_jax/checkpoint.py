@@ -1,6 +1,7 @@
 """The checkpoint folder that `python -m convert` writes and `load.py` reads: components, parts and the manifest.
 
     DEST/manifest.json             written last: a folder without it is not a checkpoint
+    DEST/inventory.json            SHA-256 of every array and file, and what became of every published tensor
     DEST/tokenizer/                tokenizer.json and tokenizer_config.json as published
     DEST/<component>/<part>/       one Orbax checkpoint: a flat dictionary, parameter path -> array
 
@@ -209,23 +210,16 @@ def published_manifest(*, gemma_bits: int | None = 5, metadata: dict[str, Any] =
 
     `gemma_bits` None is an unpacked text encoder; other `metadata` is a model of other sizes, packed the same way.
     """
-    depths = {"transformer": metadata["transformer"]["num_layers"], "gemma": NUM_HIDDEN_STATES - 1}
-    # The names of one layer tell those of all: models of that depth are made much faster.
-    transformer = metadata["transformer"] | {"num_layers": 1}
-    text = GEMMA_3_12B["text_config"] | {"num_hidden_layers": 1}
-    configs = Configs.from_metadata(
-        metadata | {"transformer": transformer}, {"text_config": text}, UPSCALERS, num_hidden_states=2
-    )
+    configs = Configs.from_metadata(metadata, GEMMA_3_12B, UPSCALERS, num_hidden_states=NUM_HIDDEN_STATES)
     quantized: dict[str, dict[str, QuantizedShape]] = {}
     parts: dict[str, list[str]] = {}
     for component in configs.components:
         if component not in LAYERED:
             parts[component] = ["shared"]
             continue
-        model = configs.abstract(component)
-        depth = depths.get(component, 1)
+        model, depths = configs.one_layer(component)
         names = {part_of(component, path) for path in parameter_shapes(model)}
-        parts[component] = sorted({name.replace(".000", f".{i:03d}") for name in names for i in range(depth)} | names)
+        parts[component] = sorted(names | {f"{path}.{i:03d}" for path, depth in depths.items() for i in range(depth)})
         bits = {"transformer": 5, "gemma": gemma_bits}.get(component)
         if bits is None:
             continue
@@ -234,10 +228,12 @@ def published_manifest(*, gemma_bits: int | None = 5, metadata: dict[str, Any] =
                 in_features=linear.in_features, out_features=linear.out_features, bits=bits, block_size=128
             )
             for path, linear in nnx.iter_modules(model)
-            if isinstance(linear, nnx.Linear) and path[0] in ("blocks", "layers") and path[-1] != "to_gate_logits"
+            if isinstance(linear, nnx.Linear) and path[0] in depths and path[-1] != "to_gate_logits"
         }
         quantized[component] = {
-            ".".join(map(str, (path[0], i, *path[2:]))): shape for i in range(depth) for path, shape in layer.items()
+            ".".join(map(str, (path[0], i, *path[2:]))): shape
+            for path, shape in layer.items()
+            for i in range(depths[str(path[0])])
         }
     return Manifest(
         metadata=metadata,

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert import ConvertError, convert
-from convert.__main__ import main
+from convert.__main__ import _with_groups, main
 from convert.quantizing import RECIPES, Quantizing, quantize_tensor
 from hlwq_jax import LazyTensor, QuantizedLinear, TensorFile, pack_planes, unpack_planes
 from ltx_jax.checkpoint import Configs, Manifest
@@ -352,3 +352,16 @@ def test_a_model_of_layers_with_different_bits_is_two_stacks_and_computes_with_i
     decoded = np.asarray(model.blocks[0].layer.video.self_attn.to_q.dequantize()[0], np.float32)
     # Six bits of a trellis: 1.9 % for Gaussian weights; twice that would be five bits.
     assert np.linalg.norm(decoded - original) / np.linalg.norm(original) < 0.028
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["a", "b", "--quantize"], ["a", "b", "--quantize", "blocks"]),
+        (["--quantize", "a", "b"], ["--quantize", "blocks", "a", "b"]),
+        (["a", "--quantize", "--json"], ["a", "--quantize", "blocks", "--json"]),
+        (["--quantize", "adaln, blocks", "a"], ["--quantize", "adaln, blocks", "a"]),
+    ],
+)
+def test_quantize_alone_means_the_blocks(given, meant):
+    assert _with_groups(given) == meant

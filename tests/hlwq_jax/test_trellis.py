@@ -21,7 +21,7 @@ def squared_errors(values: np.ndarray, codes: np.ndarray, table: np.ndarray, *, 
 
 
 def test_the_tables_are_those_that_files_were_written_with():
-    # Whoever trains them anew changes what stored codes mean only where no table is stored; docs/format.md says where.
+    # Checkpoints hold their tables; whoever trains these anew changes what is written from then on.
     digest = hashlib.sha256()
     for bits, history_bits in product(TRELLIS_BITS, HISTORY_BITS):
         table = trellis_table(bits, history_bits)
