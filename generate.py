@@ -8,8 +8,10 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,12 +26,14 @@ from safetensors.flax import save_file
 from ltx_jax.cache import written_whole
 from ltx_jax.cards import find_card
 from ltx_jax.checkpoint import MANIFEST
+from ltx_jax.config import VideoVAEConfig
 from ltx_jax.environment import prepare
 from ltx_jax.media import check_writable, read_image, write_mp4
 from ltx_jax.memory import peak_rss_bytes
 from ltx_jax.noise import read_noise
 from ltx_jax.pipeline import Latents, load_pipeline
-from ltx_jax.plan import Offload, plan_published, plan_table
+from ltx_jax.plan import Offload, Plan, plan_published, plan_table, refusal
+from ltx_jax.presets import LTX_2_3
 from ltx_jax.progress import TerminalProgress
 from ltx_jax.settings import Settings
 
@@ -172,21 +176,25 @@ def print_plan(arguments: Arguments) -> None:
     """The plan of a clip for a card or the device at hand, as a table or as JSON."""
     target = None if arguments.card is None else find_card(arguments.card)
     progress = TerminalProgress()
+    make: Callable[[Settings], Plan]
     if arguments.checkpoint is None:
-        plan = plan_published(
-            arguments.settings, target=target, dtype=arguments.dtype, offload=arguments.offload, told=progress.say
+        make = partial(
+            plan_published, target=target, dtype=arguments.dtype, offload=arguments.offload, told=progress.say
         )
+        scale = VideoVAEConfig.from_metadata(LTX_2_3["vae"]).scale
     else:
         loras = [parse_lora(text) for text in arguments.lora]
         pipe = load_pipeline(
             arguments.checkpoint, dtype=arguments.dtype, loras=loras, offload=arguments.offload, progress=progress
         )
-        plan = pipe.plan(arguments.settings, target=target, adopt=False)
+        make = partial(pipe.plan, target=target, adopt=False)
+        scale = pipe.configs.video_vae.scale
+    plan = make(arguments.settings)
     if arguments.json:
         print(json.dumps(plan.as_json(), indent=1))
     else:
         Console(width=max(Console().width, 110)).print(plan_table(plan))
-        print(plan.line() + ("" if plan.fits else "; it does not fit"))
+        print(plan.line() if plan.fits else refusal(make, arguments.settings, plan, scale=scale))
 
 
 def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:

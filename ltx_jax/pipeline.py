@@ -35,7 +35,7 @@ from ltx_jax.load import load_configs
 from ltx_jax.media import check_writable, fit_image, read_image, recompress, to_uint8, write_mp4
 from ltx_jax.models.attention import AttentionForm, has_cudnn_attention
 from ltx_jax.noise import Noise, read_noise
-from ltx_jax.plan import Offload, Plan, PlanError, make_plan, nearest_sizes
+from ltx_jax.plan import Offload, Plan, PlanError, make_plan, refusal
 from ltx_jax.progress import Progress, Silent
 from ltx_jax.prompt_cache import keep_prompt, prompt_key, read_prompt
 from ltx_jax.residency import Residency, Way
@@ -142,35 +142,23 @@ class Pipeline:
         if target is None and self.dtype != jnp.float32 and has_cudnn_attention(device):
             attention = "cudnn"
 
-        def make(settings: Settings) -> Plan:
-            return make_plan(
-                self.manifest,
-                settings,
-                target=target or device,
-                dtype=jnp.bfloat16 if target is not None else self.dtype,
-                offload=self.offload,
-                attention=attention,
-                loras=self.residency.loras,
-                told=self.progress.say,
-            )
-
-        plan = make(settings)
+        plan = make_plan(
+            self.manifest,
+            settings,
+            target=target or device,
+            dtype=jnp.bfloat16 if target is not None else self.dtype,
+            offload=self.offload,
+            attention=attention,
+            loras=self.residency.loras,
+            told=self.progress.say,
+        )
         if target is not None or not adopt:
             return plan
         if not plan.fits:
-            raise PlanError(self.refusal(settings, plan, make))
+            make = partial(self.plan, adopt=False)
+            raise PlanError(refusal(make, settings, plan, scale=self.configs.video_vae.scale))
         self.residency.way = Way.of(plan)
         return plan
-
-    def refusal(self, settings: Settings, plan: Plan, make: Callable[[Settings], Plan]) -> str:
-        """Why a clip does not fit, and what would."""
-        scale = self.configs.video_vae.scale
-        near = nearest_sizes(make, settings, plan, step=scale[1] * settings.num_stages, frames=scale[0])
-        sizes = [f"{s.width}x{s.height} with {s.num_frames} frames" for s in near]
-        needs = f"{settings.width}x{settings.height} with {settings.num_frames} frames does not fit {plan.line()}"
-        if sizes:
-            return f"{needs}. What fits: {' or '.join(sizes)}"
-        return f"{needs}. No smaller size fits either: a device with more free memory is needed"
 
     def _retrying(self, work: Callable[[], Any]) -> Any:
         """Runs a stage; if the device runs out of memory, once more in a way that needs less."""

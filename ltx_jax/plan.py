@@ -165,7 +165,7 @@ def make_plan(
     """Compiles every stage of a clip for a target and chooses what to stream and how to tile.
 
     `limit_bytes` is what may be used (`usable_bytes`), `loras` are files with their strengths, `told` hears what is
-    compiled next. Plans are kept in the user's cache folder. A plan may not fit: see `Plan.fits` and `nearest_sizes`.
+    compiled next. Plans are kept in the user's cache folder. A plan may not fit: see `Plan.fits` and `refusal`.
     Raises CardError where the target cannot be compiled for.
     """
     from ltx_jax.planner import Planner
@@ -238,6 +238,16 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.checkpoint_bytes / GiB:.1f}"
     )
     return table
+
+
+def refusal(make: Callable[[Settings], Plan], settings: Settings, plan: Plan, *, scale: tuple[int, int, int]) -> str:
+    """Why a clip does not fit, and what would: see `nearest_sizes`. `scale` is that of the video VAE."""
+    near = nearest_sizes(make, settings, plan, step=scale[1] * settings.num_stages, frames=scale[0])
+    sizes = [f"{s.width}x{s.height} with {s.num_frames} frames" for s in near]
+    needs = f"{settings.width}x{settings.height} with {settings.num_frames} frames does not fit {plan.line()}"
+    if sizes:
+        return f"{needs}. What fits: {' or '.join(sizes)}"
+    return f"{needs}. No smaller size fits either: a device with more free memory is needed"
 
 
 def nearest_sizes(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import generate
 import ltx_jax.pipeline as pipeline_module
 from ltx_jax import Settings, load_pipeline
 from ltx_jax.cards import CARDS, CardError, find_card
@@ -131,7 +132,7 @@ def test_a_plan_prints_every_stage(roomy):
     assert "peak" in roomy.line()
 
 
-def test_a_clip_that_does_not_fit_is_refused_with_sizes_that_do(mini_checkpoint, manifest, roomy, monkeypatch):
+def test_a_clip_that_does_not_fit_is_refused_with_sizes_that_do(mini_checkpoint, manifest, roomy, monkeypatch, capsys):
     larger = {"width": 192, "height": 128, "num_frames": 33}
     smallest = plan_of(manifest, limit=1)  # everything streamed, smallest tiles
     asked = plan_of(manifest, limit=1, **larger)
@@ -143,6 +144,11 @@ def test_a_clip_that_does_not_fit_is_refused_with_sizes_that_do(mini_checkpoint,
     with pytest.raises(PlanError, match=r"192x128 with 33 frames does not fit.*What fits: ") as error:
         pipe.plan(Settings(**larger))
     assert "frames" in str(error.value).split("What fits")[1]
+    sides = [f"--{name.replace('_', '-')}={size}" for name, size in larger.items()]
+    assert generate.main(["--checkpoint", str(mini_checkpoint), "--plan", *sides]) == 0
+    told = capsys.readouterr().out
+    assert all(stage.name in told for stage in asked.stages)
+    assert str(error.value) in told
     monkeypatch.setattr("ltx_jax.plan.usable_bytes", lambda target: 2**20)
     with pytest.raises(PlanError, match="No smaller size fits"):
         pipe.plan(Settings(**larger))
