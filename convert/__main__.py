@@ -1,4 +1,4 @@
-"""The command line: `python -m convert SOURCE DEST [--gemma DIR]` and `python -m convert inspect SOURCE [--json]`."""
+"""The command line: `python -m convert SOURCE DEST`, and inspect SOURCE, verify DEST and export DEST OUT."""
 
 import json
 import sys
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import tyro
 
+from convert.export import Export, run_export
 from convert.files import ConvertError
 from convert.quantizing import BITS, OPTIONAL, RECIPE
 from convert.report import inspect, to_text
+from convert.verify import Verify, run_verify
 from convert.writer import convert
 from hlwq_jax import FormatError
 from ltx_jax.checkpoint import CheckpointError
@@ -24,7 +26,8 @@ Positional = tyro.conf.Positional
 class Convert:
     """Converts a published package or checkpoint into a folder that generate.py reads.
 
-    `python -m convert inspect SOURCE` tells what a source holds, without converting it.
+    `python -m convert inspect SOURCE` tells what a source holds, without converting it; `verify DEST` proves that a
+    folder is what its conversion wrote; `export DEST OUT` writes the published files back.
     """
 
     source: Positional[Path]
@@ -35,6 +38,9 @@ class Convert:
     """Gemma 3 in the Hugging Face layout; without it the checkpoint cannot read prompts."""
     upscaler: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A latent upscaler that lies elsewhere; may be given several times."""
+    base: Path | None = None
+    """The official checkpoint that SOURCE was made from: what SOURCE lacks is taken from there, packed as SOURCE packs.
+    """
     gemma_bits: int = BITS
     """Bits a weight of the text encoder's linears, 2 to 8; 16 leaves them as they are."""
     quantize: str = ""
@@ -57,44 +63,58 @@ class Inspect:
     """The package folder, or a checkpoint file."""
     gemma: Path | None = None
     """Gemma 3 in the Hugging Face layout, if it lies elsewhere."""
+    base: Path | None = None
+    """The official checkpoint that is to fill what SOURCE lacks."""
     json: bool = False
     """Print JSON."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs; returns 0, or 2 for a source or destination that is refused, with the reason on standard error."""
+    """Runs a command; returns its exit code, or 2 for what is refused, with the reason on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     prepare()
     try:
-        if argv[:1] == ["inspect"]:
-            asked = tyro.cli(Inspect, args=argv[1:], prog="python -m convert inspect")
-            report = inspect(asked.source, gemma=asked.gemma)
-            print(
-                json.dumps(asdict(report) | {"complete": report.complete}, indent=1) if asked.json else to_text(report)
-            )
-            return 0
-        chosen = tyro.cli(Convert, args=_with_groups(argv), prog="python -m convert")
-        convert(
-            chosen.source,
-            chosen.dest,
-            gemma=chosen.gemma,
-            upscalers=chosen.upscaler,
-            gemma_bits=chosen.gemma_bits,
-            quantize=[group.strip() for group in chosen.quantize.split(",") if group.strip()],
-            bits=chosen.bits,
-            recipe=chosen.recipe,
-            overwrite=chosen.overwrite,
-            progress=True,
-        )
-        print(f"wrote {chosen.dest}")
-        if chosen.gemma is None:
-            print("note: without --gemma a checkpoint has no text encoder, unless one lay inside SOURCE")
+        command, rest = argv[:1], argv[1:]
+        if command == ["inspect"]:
+            return run_inspect(tyro.cli(Inspect, args=rest, prog="python -m convert inspect"))
+        if command == ["verify"]:
+            return run_verify(tyro.cli(Verify, args=rest, prog="python -m convert verify"))
+        if command == ["export"]:
+            return run_export(tyro.cli(Export, args=rest, prog="python -m convert export"))
+        return run_convert(tyro.cli(Convert, args=_with_groups(argv), prog="python -m convert"))
     except (ConvertError, FormatError, ConfigError, CheckpointError, TextError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def run_inspect(options: Inspect) -> int:
+    """Prints the report of a source; returns 0."""
+    report = inspect(options.source, gemma=options.gemma, base=options.base)
+    print(json.dumps(asdict(report) | {"complete": report.complete}, indent=1) if options.json else to_text(report))
+    return 0
+
+
+def run_convert(options: Convert) -> int:
+    """Converts and says what was written; returns 0."""
+    manifest = convert(
+        options.source,
+        options.dest,
+        gemma=options.gemma,
+        upscalers=options.upscaler,
+        base=options.base,
+        gemma_bits=options.gemma_bits,
+        quantize=[group.strip() for group in options.quantize.split(",") if group.strip()],
+        bits=options.bits,
+        recipe=options.recipe,
+        overwrite=options.overwrite,
+        progress=True,
+    )
+    print(f"wrote {options.dest}")
+    if manifest.gemma_metadata is None:
+        print("note: without --gemma a checkpoint has no text encoder, unless one lay inside SOURCE")
     return 0
 
 

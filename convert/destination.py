@@ -19,7 +19,7 @@ from typing import Any
 from convert.files import ConvertError
 from convert.journal import INVENTORY, Journal
 from ltx_jax import durable
-from ltx_jax.checkpoint import MANIFEST, MODELS, TOKENIZER, Manifest
+from ltx_jax.checkpoint import KEPT_FOLDER, MANIFEST, MODELS, TOKENIZER, Manifest
 
 MARKER = ".converting.jsonl"
 WORKING = ".converting"  # the working folder inside a DEST that was there before
@@ -192,5 +192,6 @@ class Work:
 def _of_checkpoint(folder: Path) -> list[str]:
     """The names in a folder that a conversion writes, the manifest last; not what someone may have put beside them."""
     names = {path.name for path in folder.iterdir()}
-    ours = {name for name in names if name in MODELS or name.startswith("upscaler_")} | {TOKENIZER, INVENTORY, MANIFEST}
+    models = {name for name in names if name in MODELS or name.startswith("upscaler_")}
+    ours = models | {TOKENIZER, KEPT_FOLDER, INVENTORY, MANIFEST}
     return sorted(names & ours, key=lambda name: (name == MANIFEST, name))

@@ -1,8 +1,8 @@
 """What a source must hold and what it does hold: every tensor planned to its place before any payload is read."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
 from math import prod
@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from convert.base import Wanted, check_configs, fill, refuse_packed
 from convert.files import ConvertError, Source
 from convert.mapping import Plan, flatten, plan, source_name
 from convert.tables import MAIN, SKIP, component_of, table_of
-from hlwq_jax import LazyTensor, Package, StoredWeight, read_package
+from hlwq_jax import LazyTensor, Package, Recipe, StoredWeight, read_package
 from hlwq_jax.format import refuse_look_alikes
 from ltx_jax.abstract import abstract
 from ltx_jax.checkpoint import MODELS, Configs, parameter_shapes
@@ -103,6 +104,8 @@ class Inventory:
     skipped: tuple[str, ...]
     strangers: tuple[str, ...]  # names of no model
     doubled: tuple[str, ...]  # there twice, by name and files
+    base: Source | None = None  # that fills what the source lacks
+    filled: Mapping[str, Recipe | None] = field(default_factory=dict)  # of `plain`, from the base: None stays plain
 
     @property
     def missing(self) -> list[str]:
@@ -134,14 +137,22 @@ class Inventory:
         return lines
 
 
-def take_inventory(source: Source) -> Inventory:
-    """Plans every tensor of a source. Raises ConvertError where its configuration cannot be found out."""
-    num_hidden_states = _num_hidden_states(source)
+def take_inventory(source: Source, base: Source | None = None) -> Inventory:
+    """Plans every tensor of a source; what it lacks comes from `base`, the official checkpoint it was made from.
+
+    Raises ConvertError where its configuration cannot be found out, or the base does not belong to it.
+    """
+    lenders = [source] if base is None else [source, base]
+    if base is not None:
+        refuse_packed(base)
+    num_hidden_states = _num_hidden_states(lenders)
     if source.metadata is not None:
         metadata, origin = source.metadata, "metadata of the checkpoint"
+    elif base is not None and base.metadata is not None:
+        metadata, origin = base.metadata, "metadata of the base (the files have lost their configuration)"
     else:
         metadata, origin = LTX_2_3, "built-in LTX-2.3 (the files have lost their configuration)"
-    metadata = _with_registers(metadata, source)
+    metadata = _with_registers(metadata, lenders)
     try:
         configs = Configs.from_metadata(
             metadata,
@@ -156,6 +167,9 @@ def take_inventory(source: Source) -> Inventory:
     expected = Expected(configs)
     if source.metadata is None:
         _refuse_misfits(source, expected)
+    if base is not None and base.metadata is not None:
+        theirs = Configs.from_metadata(_with_registers(base.metadata, lenders), num_hidden_states=num_hidden_states)
+        check_configs(configs, theirs, base.path)
     _check_text_encoder(configs, num_hidden_states)
     _check_upscalers(configs)
 
@@ -170,6 +184,16 @@ def take_inventory(source: Source) -> Inventory:
         if full in weights or full in plain:
             doubled.append(f"{full}, once as {name}")
         plain[full] = tensor
+    filled: dict[str, Recipe | None] = {}
+    if base is not None:
+        offered = {_full_name(name, expected): tensor for name, tensor in base.tensors.items()}
+        wanted = {
+            name: Wanted(component=target.component, path=target.path, shape=target.shape, linear=target.linear)
+            for name, target in expected.targets.items()
+            if name not in weights and name not in plain
+        }
+        filled = fill(wanted, offered, plain, weights, path=base.path)
+        plain |= {name: offered[name] for name in filled}
     shapes = {name: tensor.shape for name, tensor in plain.items()}
     for name, weight in weights.items():
         shapes[name] = (weight.out_features or 0, weight.in_features or 0)
@@ -208,6 +232,8 @@ def take_inventory(source: Source) -> Inventory:
         skipped=tuple(skipped),
         strangers=tuple(strangers),
         doubled=tuple(doubled),
+        base=base,
+        filled=filled,
     )
 
 
@@ -222,26 +248,29 @@ def _full_name(name: str, expected: Expected) -> str:
     return next((p + name for p in (PREFIX, "model.") if p + name in expected.targets), name)
 
 
-def _find(source: Source, name: str) -> LazyTensor | None:
-    """A plain tensor, also where a package left the prefix out."""
-    return source.tensors.get(name) or source.tensors.get(name.removeprefix(PREFIX))
+def _find(sources: Iterable[Source], name: str) -> LazyTensor | None:
+    """A plain tensor of the first source that has it, also where a package left the prefix out."""
+    found = (source.tensors.get(name) or source.tensors.get(name.removeprefix(PREFIX)) for source in sources)
+    return next((tensor for tensor in found if tensor is not None), None)
 
 
-def _num_hidden_states(source: Source) -> int:
+def _num_hidden_states(sources: Sequence[Source]) -> int:
     """How many states of the text encoder the projection reads: from its width, else from the text encoder."""
-    projection = _find(source, "text_embedding_projection.video_aggregate_embed.weight")
-    caption = (source.metadata or LTX_2_3).get("transformer", {}).get("caption_channels")
+    projection = _find(sources, "text_embedding_projection.video_aggregate_embed.weight")
+    metadata = next((source.metadata for source in sources if source.metadata is not None), LTX_2_3)
+    caption = metadata.get("transformer", {}).get("caption_channels")
     if projection is not None and len(projection.shape) == 2 and caption and projection.shape[1] % caption == 0:
         return projection.shape[1] // caption
-    if source.gemma is not None:
-        text = source.gemma.metadata.get("text_config", source.gemma.metadata)
+    gemma = sources[0].gemma
+    if gemma is not None:
+        text = gemma.metadata.get("text_config", gemma.metadata)
         return int(text.get("num_hidden_layers", NUM_HIDDEN_STATES - 1)) + 1
     return NUM_HIDDEN_STATES
 
 
-def _with_registers(metadata: dict[str, Any], source: Source) -> dict[str, Any]:
+def _with_registers(metadata: dict[str, Any], sources: Iterable[Source]) -> dict[str, Any]:
     """The metadata with the number of registers that the tensors have: not every file says it, none is believed."""
-    registers = _find(source, PREFIX + "video_embeddings_connector.learnable_registers")
+    registers = _find(sources, PREFIX + "video_embeddings_connector.learnable_registers")
     if registers is None or "transformer" not in metadata:
         return metadata
     transformer = metadata["transformer"] | {"connector_num_learnable_registers": registers.shape[0]}

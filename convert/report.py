@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.evidence import Energy, claimed_bits, contradictions, energies
 from convert.files import open_source
 from convert.inventory import PREFIX, Inventory, take_inventory
 from hlwq_jax import StoredWeight
@@ -27,6 +28,9 @@ class QuantizedGroup:
     num_weights: int
     num_bytes: int
     bits_per_weight: float  # norms, meta and padding included
+    num_blocks: int  # sampled for the energy
+    num_saturated: int  # of them nearly constant before they were packed
+    energies: dict[str, Energy]  # by table; that of the codebook is the nearest to what it should be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class Report:
     num_tensors: int
     num_bytes: int
     quantized: tuple[QuantizedGroup, ...]
+    claimed_bits: dict[str, int]  # by who says so
     num_blocks: int
     linears_per_block: int
     quantized_block_linears: int
@@ -53,6 +58,10 @@ class Report:
     warnings: tuple[str, ...]
     missing: tuple[str, ...]  # grouped, one line each
     num_missing: int
+    base: str | None
+    filled: tuple[str, ...]  # from the base; grouped, one line each
+    num_filled: int
+    num_filled_packed: int  # of them packed, as the package packs its like
     problems: tuple[str, ...]
 
     @property
@@ -60,12 +69,18 @@ class Report:
         return not (self.missing or self.problems)
 
 
-def inspect(source: str | Path, *, gemma: str | Path | None = None, upscalers: Iterable[str | Path] = ()) -> Report:
+def inspect(
+    source: str | Path,
+    *,
+    gemma: str | Path | None = None,
+    upscalers: Iterable[str | Path] = (),
+    base: str | Path | None = None,
+) -> Report:
     """Reads headers and a sample of codes of a source; never a whole payload. Raises as `convert` does."""
     opened = open_source(
         Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
     )
-    return make_report(take_inventory(opened))
+    return make_report(take_inventory(opened, None if base is None else open_source(Path(base))))
 
 
 def make_report(inventory: Inventory) -> Report:
@@ -73,7 +88,9 @@ def make_report(inventory: Inventory) -> Report:
     linears = [name for name, target in expected.targets.items() if target.linear and _is_big_linear(name)]
     found = set(inventory.plain) | set(inventory.weights)
     paths = [*source.files, *(upscaler.path for upscaler in source.upscalers.values())]
-    missing = inventory.missing
+    missing, claims = inventory.missing, claimed_bits(source)
+    linears_per_block = len(linears) // max(expected.configs.transformer.num_layers, 1)
+    warnings = () if inventory.package is None else inventory.package.warnings
     return Report(
         source=str(source.path),
         kind="HLWQ package" if inventory.weights else "plain checkpoint",
@@ -83,8 +100,9 @@ def make_report(inventory: Inventory) -> Report:
         num_tensors=len(found) + sum(len(upscaler.tensors) for upscaler in source.upscalers.values()),
         num_bytes=source.nbytes,
         quantized=_groups(inventory.weights.values()),
+        claimed_bits=claims,
         num_blocks=expected.configs.transformer.num_layers,
-        linears_per_block=len(linears) // max(expected.configs.transformer.num_layers, 1),
+        linears_per_block=linears_per_block,
         quantized_block_linears=sum(name in inventory.weights for name in linears),
         plain_block_linears=sum(name in inventory.plain for name in linears),
         quantized_elsewhere=tuple(sorted(set(inventory.weights) - set(linears))),
@@ -92,11 +110,13 @@ def make_report(inventory: Inventory) -> Report:
         upscalers={name: str(upscaler.path) for name, upscaler in source.upscalers.items()},
         skipped=inventory.skipped,
         ignored=source.ignored,
-        warnings=() if inventory.package is None else inventory.package.warnings,
-        missing=tuple(
-            group_missing(missing, linears_per_block=len(linears) // expected.configs.transformer.num_layers)
-        ),
+        warnings=(*_together(warnings), *contradictions(inventory.weights.values(), claims)),
+        missing=tuple(group_missing(missing, linears_per_block=linears_per_block)),
         num_missing=len(missing),
+        base=None if inventory.base is None else str(inventory.base.path),
+        filled=tuple(group_missing(inventory.filled, linears_per_block=linears_per_block)),
+        num_filled=len(inventory.filled),
+        num_filled_packed=sum(recipe is not None for recipe in inventory.filled.values()),
         problems=tuple(inventory.problems),
     )
 
@@ -115,6 +135,7 @@ def _groups(weights: Iterable[StoredWeight]) -> tuple[QuantizedGroup, ...]:
         reasons = Counter(member.table_reason for member in members)
         values = sum((member.out_features or 0) * (member.in_features or 0) for member in members)
         stored = sum(member.nbytes for member in members)
+        num_blocks, num_saturated, measured = energies(members)
         groups.append(
             QuantizedGroup(
                 layout=layout,
@@ -126,9 +147,24 @@ def _groups(weights: Iterable[StoredWeight]) -> tuple[QuantizedGroup, ...]:
                 num_weights=len(members),
                 num_bytes=stored,
                 bits_per_weight=8 * stored / max(values, 1),
+                num_blocks=num_blocks,
+                num_saturated=num_saturated,
+                energies=measured,
             )
         )
     return tuple(sorted(groups, key=lambda group: -group.num_bytes))
+
+
+def _together(warnings: Iterable[str]) -> list[str]:
+    """Warnings, one line for those that say the same of many weights."""
+    same: dict[str, list[str]] = defaultdict(list)
+    for text in warnings:
+        name, _, what = text.partition(": ")
+        same[what or text].append(name if what else "")
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {what}" if names[0] else what
+        for what, names in same.items()
+    ]
 
 
 def group_missing(names: Iterable[str], *, linears_per_block: int) -> list[str]:
@@ -196,6 +232,12 @@ def to_text(report: Report) -> str:
             f"{size_text(group.num_bytes)}"
         )
         lines.append(f"codebook       {group.codebook}: {group.decided_by}")
+        tables = ", ".join(f"{t} {e.measured:.4f} ({e.expected:.4f})" for t, e in group.energies.items())
+        saturated = f", {group.num_saturated} nearly constant" if group.num_saturated else ""
+        lines.append(f"energy         of {group.num_blocks} blocks by table (expected): {tables}{saturated}")
+    if report.claimed_bits:
+        claims = ", ".join(f"{who} says {bits}" for who, bits in report.claimed_bits.items())
+        lines.append(f"claimed bits   {claims}")
     total = report.num_blocks * report.linears_per_block
     lines.append(
         f"coverage       {report.quantized_block_linears} of {total} block linears quantised "
@@ -211,6 +253,10 @@ def to_text(report: Report) -> str:
     lines += [f"problem        {text}" for text in report.problems[:20]]
     if len(report.problems) > 20:
         lines.append(f"problem        and {len(report.problems) - 20} more")
+    if report.base is not None:
+        what = f"{report.num_filled} tensors, {report.num_filled_packed} of them to be packed"
+        lines.append(f"filled         {what}, from {report.base}")
+        lines += [f"               {line}" for line in report.filled]
     if report.missing:
         lines.append(f"MISSING        {report.num_missing} tensors; this package cannot be converted as it is")
         lines += [f"               {line}" for line in report.missing]

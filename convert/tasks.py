@@ -13,6 +13,7 @@ from ltx_jax.checkpoint import QuantizedShape, part_of
 
 _ARRAY_BYTES = 3 * 2**12  # of an empty array, in blocks of a file system
 KEPT, PACKED, QUANTISED, UNPACKED, SKIPPED = "kept", "packed as it came", "quantised", "unpacked", "skipped"
+FILLED = "filled from base"  # what the inventory calls the rule of a tensor that the package lacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,9 @@ def all_tasks(inventory: Inventory, quantizing: Quantizing) -> Iterator[Task]:
             name, full_name, stored = _stored(inventory, component, step.source)
             plain = isinstance(stored, LazyTensor)
             group = quantizing.group(component, step.target) if plain else None
+            recipe = None if group is None else quantizing.recipe_of(group, component, step.target)
+            if inventory.filled.get(full_name) is not None:  # packed as the package does with its like
+                group, recipe = "base", inventory.filled[full_name]
             if isinstance(stored, LazyTensor):
                 rule, shape = KEPT if group is None else QUANTISED, stored.shape
             else:
@@ -93,7 +97,7 @@ def all_tasks(inventory: Inventory, quantizing: Quantizing) -> Iterator[Task]:
                 rule=rule,
                 stored=stored,
                 group=group,
-                recipe=None if group is None else quantizing.recipe_of(group, component, step.target),
+                recipe=recipe,
             )
 
 
@@ -116,7 +120,7 @@ def _holds_as_planes(weight: StoredWeight) -> bool:
 
 def tensor_facts(inventory: Inventory, tasks: list[Task]) -> dict[str, dict[str, Any]]:
     """What the inventory of a checkpoint says of every published tensor."""
-    facts = {task.full_name: _facts(task) for task in tasks}
+    facts = {task.full_name: _facts(task, filled=task.full_name in inventory.filled) for task in tasks}
     gemma = inventory.source.gemma
     for name in (*inventory.skipped, *(() if gemma is None else gemma.skipped)):
         found = inventory.plain.get(name)
@@ -125,7 +129,7 @@ def tensor_facts(inventory: Inventory, tasks: list[Task]) -> dict[str, dict[str,
     return dict(sorted(facts.items()))
 
 
-def _facts(task: Task) -> dict[str, Any]:
+def _facts(task: Task, *, filled: bool) -> dict[str, Any]:
     tensor = task.stored if isinstance(task.stored, LazyTensor) else task.stored.code_tensor
     to = task.target if task.rule in (KEPT, UNPACKED) else task.path
     if isinstance(task.stored, StoredWeight):
@@ -135,4 +139,5 @@ def _facts(task: Task) -> dict[str, Any]:
         why = f"{tensor.dtype}, not quantised"
         if task.recipe is not None:
             why = f"{task.group} at {task.recipe.bits} bits"
-    return {"from": str(tensor.path), "rule": task.rule, "to": f"{task.component}/{to}", "why": why}
+    rule = FILLED if filled else task.rule
+    return {"from": str(tensor.path), "rule": rule, "to": f"{task.component}/{to}", "why": why}

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from convert.arrays import Pieces, moved, planes
 from convert.destination import MARKER, WORKING, Work, check_space, claim
-from convert.files import ConvertError, Source, open_source
+from convert.files import ConvertError, open_source
 from convert.inventory import Inventory, take_inventory
 from convert.journal import INVENTORY, Part, file_digest
+from convert.layout import kept_tensors, layout_of, write_kept
+from convert.progress import Advance, progress_bar
 from convert.quantizing import BITS, GROUPS, RECIPE, RECIPES, Quantizing
 from convert.report import Report, make_report, size_text, to_text
 from convert.tasks import PACKED, QUANTISED, UNPACKED, Task, all_tasks, tensor_facts
@@ -41,7 +42,6 @@ SHOWN = 100  # problems told in full; `inspect --json` tells all
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PARTS_AT_ONCE = 2  # each needs memory for its largest array
 _PARTIAL = ".partial"  # of a part that is being written
-Advance = Callable[[str, int], None]  # what is done, and how many bytes of it
 
 
 def convert(
@@ -50,6 +50,7 @@ def convert(
     *,
     gemma: str | Path | None = None,
     upscalers: tuple[str | Path, ...] = (),
+    base: str | Path | None = None,
     gemma_bits: int = BITS,
     quantize: Iterable[str] = (),
     bits: str = "",
@@ -63,6 +64,9 @@ def convert(
     are), and those of the groups in `quantize` (blocks, connectors, projection, adaln) at 5 bits, but for what `bits`
     says of some (`blocks.0=8,blocks.43-47=6`). `recipe` is one of `convert.quantizing.RECIPES`.
 
+    What a package lacks comes from `base`, the official checkpoint that it was made from, packed as the package packs
+    its like.
+
     Everything is planned from headers first. The folder appears under its name only when it is complete. A conversion
     that was cut off, however, is gone on with by the next one into the same folder, if source and options are the same
     ones: what its digests prove is kept. The result does not depend on that, to the byte.
@@ -75,7 +79,7 @@ def convert(
     opened = open_source(
         Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
     )
-    inventory = take_inventory(opened)
+    inventory = take_inventory(opened, None if base is None else open_source(Path(base)))
     report = make_report(inventory)
     refuse_incomplete(report)
     text_length = _check_tokenizer(inventory)
@@ -84,7 +88,7 @@ def convert(
     with claim(dest, overwrite=overwrite) as work:
         different = work.begin(conversion.key)
         written = sum(task.nbytes for task in conversion.tasks)
-        check_space(dest, int(1.02 * sum(task.disk_bytes for task in conversion.tasks)) + 2**20)
+        check_space(dest, int(1.02 * conversion.disk_bytes) + 2**20)
         lines = [to_text(report), *_quantising(inventory, quantizing, conversion.tasks)]
         lines.append(f"writes         {dest}, {size_text(written)}")
         if different:
@@ -93,7 +97,10 @@ def convert(
             lines.append(f"goes on        {len(work.journal.parts)} of {len(conversion.parts)} parts are written")
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
         try:
-            with _bar(console, conversion.total_bytes) as advance, _discarded_if_refused(work):
+            with (
+                progress_bar("convert", conversion.total_bytes, shown=progress) as advance,
+                _discarded_if_refused(work),
+            ):
                 manifest = conversion.run(work, advance)
             work.finish()
         except OSError as error:
@@ -128,8 +135,9 @@ def refuse_incomplete(report: Report) -> None:
         if covered < total:
             lines.append(
                 f"{covered} of {total} block linears are here. At 5 bits a weight those of LTX-2.3 need 11.9 GB: a "
-                "package with less cannot hold them all. Download the missing files, or use the official checkpoint"
+                "package with less cannot hold them all"
             )
+        lines.append("Download the missing files; or give the official checkpoint, which has them, with --base")
     raise ConvertError(f"{report.source} cannot be converted:\n" + "\n".join(lines))
 
 
@@ -162,25 +170,6 @@ def _quantising(inventory: Inventory, quantizing: Quantizing, tasks: list[Task])
         yield f"quantises      {group}: {what if found else 'nothing, as its linears are packed already'}"
 
 
-@contextmanager
-def _bar(console: Console, total: int) -> Iterator[Advance]:
-    columns = (
-        TextColumn("{task.description:<32}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("convert", total=total)
-
-        def advance(what: str, count: int) -> None:
-            progress.update(task, description=what, advance=count)
-
-        yield advance
-
-
 # ----------------------------------------------------------------- conversion
 
 
@@ -197,13 +186,19 @@ class Conversion:
         self.parts: dict[str, list[Task]] = defaultdict(list)
         for task in self.tasks:
             self.parts[task.part].append(task)
-        self.files = _source_files(inventory.source)
+        self.layout = layout_of(inventory, self.tasks)
+        self.kept = kept_tensors(inventory, self.layout)
+        self.files = _source_files(inventory)
         self.stamps = _stamps(self.files)
 
     @property
     def total_bytes(self) -> int:
         """That are converted, and read for the digests of the sources."""
-        return self.inventory.source.nbytes + sum(size for size, _ in self.stamps.values())
+        return sum(task.stored.nbytes for task in self.tasks) + sum(size for size, _ in self.stamps.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(task.disk_bytes for task in self.tasks) + sum(tensor.nbytes for tensor in self.kept.values())
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -212,6 +207,7 @@ class Conversion:
             "source": str(source.path),
             "gemma": None if source.gemma is None else str(source.gemma.path),
             "upscalers": {name: str(upscaler.path) for name, upscaler in source.upscalers.items()},
+            "base": None if self.inventory.base is None else str(self.inventory.base.path),
             "quantizing": self.quantizing.options,
         }
 
@@ -255,7 +251,7 @@ class Conversion:
         if changed:
             raise ConvertError(f"{changed[0]} was changed while it was read; convert again when it stays as it is")
         finished = {name: future.result() for name, future in parts.items()}
-        files = self._copy_tokenizer(work.tree)
+        files = self._copy_tokenizer(work.tree) | write_kept(work.tree, self.kept)
         inventory = json.dumps(
             {
                 "arrays": {
@@ -264,6 +260,7 @@ class Conversion:
                 },
                 "files": files,
                 "tensors": tensor_facts(self.inventory, self.tasks),
+                "layout": self.layout,
             },
             indent=1,
         ).encode()
@@ -388,9 +385,11 @@ def _with_pauses(pieces: Iterable[np.ndarray], pause: Callable[[], None]) -> Ite
         yield piece
 
 
-def _source_files(source: Source) -> list[Path]:
+def _source_files(inventory: Inventory) -> list[Path]:
+    source, base = inventory.source, inventory.base
     gemma = () if source.gemma is None else source.gemma.files
-    return [*source.files, *(upscaler.path for upscaler in source.upscalers.values()), *gemma]
+    upscalers = (upscaler.path for upscaler in source.upscalers.values())
+    return [*source.files, *upscalers, *gemma, *(() if base is None else base.files)]
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

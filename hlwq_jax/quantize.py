@@ -1,7 +1,7 @@
 """One weight to codes and norms, and back, in float32.
 
 By default as the original packer and reader compute it, bit for bit. A `Recipe` can do better at the same size: a
-converged or a trellis codebook, signs before the rotation, norms that fit the levels.
+converged or a trellis codebook, signs before the rotation, norms that fit the levels (docs/quantization.md).
 """
 
 from dataclasses import dataclass
@@ -226,8 +226,8 @@ def nearest(
     scale = np.float32((_CELLS - 2) / max(midpoints[-1] - lowest, 1e-3))
 
     def cell(x: np.ndarray) -> np.ndarray:
+        """Counted from 1; what lies below or above all cells is taken to the first or the last by `take`."""
         place = (x - lowest) * scale
-        np.clip(place, -1, _CELLS - 2, out=place)
         place += np.float32(1)
         return place.astype(np.intp)
 
@@ -242,7 +242,7 @@ def nearest(
     for start in range(0, flat.size, _IN_CACHE):
         piece = flat[start : start + _IN_CACHE]
         where = cell(piece)
-        codes[start : start + _IN_CACHE] = below.take(where) + (piece > edge.take(where))
+        codes[start : start + _IN_CACHE] = below.take(where, mode="clip") + (piece > edge.take(where, mode="clip"))
     return codes.reshape(values.shape)
 
 

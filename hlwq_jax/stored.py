@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import BFloat16, Float16, Float32, UInt8, UInt32
 
-from hlwq_jax.codebook import TableName
-from hlwq_jax.energy import Measurement, conclude, measure, observe, plausible
+from hlwq_jax.codebook import TableName, lloyd_max
+from hlwq_jax.energy import Measurement, conclude, measure, measure_tables, observe, plausible
 from hlwq_jax.packing import Packing, packed_length, unpack
 from hlwq_jax.planes import pack_planes, plane_widths, planes_from_stream
 from hlwq_jax.quantize import Quantized, dequantize, scale_centroids
@@ -162,6 +162,18 @@ class StoredWeight:
             measured = measure(swapped.sample(), self.centroids)
             verdict = "fits" if plausible(measured, self.centroids, self.block_size) else "does not fit either"
             text += f"; in packing {other} it {verdict}: {measured}"
+        codes = self.sample()
+        fitting = {
+            table: found
+            for table, found in measure_tables(codes, self.bits).items()
+            if plausible(found, lloyd_max(self.bits, table), self.block_size)
+        }
+        if fitting:
+            table = min(fitting, key=lambda name: fitting[name].distance)
+            text += f"; with table {table} it fits: {fitting[table]}"
+        largest = int(codes.max(initial=0))
+        if largest < 2 ** (self.bits - 1):
+            text += f"; no code is above {largest}, as if written at {max(largest.bit_length(), 1)} bits"
         return f"{text} ({self.code_tensor.where})"
 
     def reordered(self) -> "StoredWeight":

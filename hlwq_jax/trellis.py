@@ -11,8 +11,8 @@ lookup: at 5 bits the paths are the upper plane of the device layout, of which a
 
 The encoder finds the paths of least squared error by the Viterbi algorithm. Source: trellis-coded quantization,
 Marcellin and Fischer, IEEE Transactions on Communications 38 (1990), with tables that Lloyd's iteration trained for
-blocks of 128 (scripts/train_trellis.py) from Ungerboeck's codes, each window having levels of its own. The levels so
-differ from window to window in reach and not only in place: that is more than half of the gain over scalar codes.
+blocks of 128 (scripts/train_trellis.py) from Ungerboeck's codes. Each window has levels of its own there, so that they
+differ in reach and not only in place. docs/quantization.md has the errors, and what else was tried.
 """
 
 from functools import cache

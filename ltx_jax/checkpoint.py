@@ -3,6 +3,7 @@
     DEST/manifest.json             written last: a folder without it is not a checkpoint
     DEST/inventory.json            SHA-256 of every array and file, and what became of every published tensor
     DEST/tokenizer/                tokenizer.json and tokenizer_config.json as published
+    DEST/kept/                     published tensors that no model reads, for `python -m convert export` alone
     DEST/<component>/<part>/       one Orbax checkpoint: a flat dictionary, parameter path -> array
 
 A component is one model; a part is one of its layers (`blocks.007`), or `shared` for what belongs to none. So neither
@@ -44,6 +45,7 @@ FORMAT = "ltx-jax checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+KEPT_FOLDER = "kept"
 LAYERED = ("transformer", "connectors", "gemma")  # stored, restored and stacked layer by layer
 MODELS: dict[str, Any] = {
     "transformer": Transformer,
