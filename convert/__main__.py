@@ -8,9 +8,12 @@ from pathlib import Path
 import tyro
 
 from convert.export import Export, run_export
-from convert.files import ConvertError
+from convert.files import ConvertError, OnlyLoras, Shelf
+from convert.hub import Hub
+from convert.loras import describe_loras, lora_text
 from convert.quantizing import BITS, OPTIONAL, RECIPE
-from convert.report import inspect, to_text
+from convert.report import fetched_text, inspect, to_text
+from convert.sources import bring
 from convert.verify import Verify, run_verify
 from convert.writer import convert
 from hlwq_jax import FormatError
@@ -30,15 +33,16 @@ class Convert:
     folder is what its conversion wrote; `export DEST OUT` writes the published files back.
     """
 
-    source: Positional[Path]
-    """The package folder (5-bit HLWQ), or an official checkpoint file."""
+    source: Positional[str]
+    """The package folder (5-bit HLWQ), or an official checkpoint file; or a repository of the Hugging Face Hub, as
+    OWNER/NAME[@REVISION], or a file or folder of one, as hf://OWNER/NAME[@REVISION]/PATH. So for the flags below."""
     dest: Positional[Path]
     """The folder to make."""
-    gemma: Path | None = None
+    gemma: str | None = None
     """Gemma 3 in the Hugging Face layout; without it the checkpoint cannot read prompts."""
-    upscaler: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    upscaler: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A latent upscaler that lies elsewhere; may be given several times."""
-    base: Path | None = None
+    base: str | None = None
     """The official checkpoint that SOURCE was made from: what SOURCE lacks is taken from there, packed as SOURCE packs.
     """
     gemma_bits: int = BITS
@@ -59,11 +63,12 @@ class Convert:
 class Inspect:
     """Tells what a source holds, from headers and a sample of codes: layout, codebook, coverage, what is missing."""
 
-    source: Positional[Path]
-    """The package folder, or a checkpoint file."""
-    gemma: Path | None = None
+    source: Positional[str]
+    """The package folder, a checkpoint or LoRA file, a repository (OWNER/NAME[@REVISION]), a file or folder of one
+    (hf://OWNER/NAME[@REVISION]/PATH) or an address (https://...). What is not here is not downloaded."""
+    gemma: str | None = None
     """Gemma 3 in the Hugging Face layout, if it lies elsewhere."""
-    base: Path | None = None
+    base: str | None = None
     """The official checkpoint that is to fill what SOURCE lacks."""
     json: bool = False
     """Print JSON."""
@@ -92,19 +97,34 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_inspect(options: Inspect) -> int:
     """Prints the report of a source; returns 0."""
-    report = inspect(options.source, gemma=options.gemma, base=options.base)
+    words = {name: getattr(options, name) for name in ("source", "gemma", "base") if getattr(options, name) is not None}
+    views = {name: Hub().view(word) for name, word in words.items()}
+    shelf = Shelf({path: file for view in views.values() for path, file in view.elsewhere.items()})
+    try:
+        paths = {name: view.path for name, view in views.items()}
+        report = inspect(paths["source"], gemma=paths.get("gemma"), base=paths.get("base"), shelf=shelf)
+    except OnlyLoras as found:
+        loras, fetched = describe_loras(found.loras), shelf.fetched
+        if options.json:
+            print(json.dumps({"loras": [asdict(x) for x in loras], "fetched": fetched and asdict(fetched)}, indent=1))
+        else:
+            print("\n\n".join([*map(lora_text, loras), *([fetched_text(fetched)] if fetched else [])]))
+        return 0
     print(json.dumps(asdict(report) | {"complete": report.complete}, indent=1) if options.json else to_text(report))
     return 0
 
 
 def run_convert(options: Convert) -> int:
     """Converts and says what was written; returns 0."""
+    here = bring(
+        Hub(), options.source, gemma=options.gemma, upscalers=options.upscaler, base=options.base, progress=True
+    )
     manifest = convert(
-        options.source,
+        here.source,
         options.dest,
-        gemma=options.gemma,
-        upscalers=options.upscaler,
-        base=options.base,
+        gemma=here.gemma,
+        upscalers=here.upscalers,
+        base=here.base,
         gemma_bits=options.gemma_bits,
         quantize=[group.strip() for group in options.quantize.split(",") if group.strip()],
         bits=options.bits,

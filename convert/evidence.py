@@ -30,7 +30,8 @@ class Energy:
 
 def energies(weights: Sequence[StoredWeight]) -> tuple[int, int, dict[str, Energy]]:
     """Of weights of one width and table: sampled blocks, those nearly constant, and the energy under every table."""
-    codes = np.concatenate([weight.sample() for weight in weights])
+    nothing = np.empty((0, weights[0].block_size), np.uint8)
+    codes = np.concatenate([nothing, *(weight.sample() for weight in weights if weight.energy is not None)])
     own = measure(codes, weights[0].centroids)
     found = {**measure_tables(codes, weights[0].bits), weights[0].table: own}
     by_table = {str(table): Energy(measured=one.mean, expected=one.expected) for table, one in found.items()}

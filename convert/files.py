@@ -1,6 +1,7 @@
 """What a source holds: which file has which model, told by names and metadata inside the files, never by file names."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -10,15 +11,86 @@ from typing import Any
 from convert.tables.gemma import SKIP
 from hlwq_jax import LazyTensor, TensorFile, find_sidecar
 from hlwq_jax.reader import check_indexes
+from hlwq_jax.remote import RemoteFile
 from ltx_jax.checkpoint import MANIFEST, upscaler_component
 from ltx_jax.config import UpscalerConfig
 
+_LORA = re.compile(r"[._]lora_(A|B|up|down)\b|\.lora\.(up|down)\.")
 _SECTIONS = ("transformer", "vae", "audio_vae", "vocoder")
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 
 
 class ConvertError(ValueError):
     """A source that cannot be converted, or a destination that cannot be written; the text says what to do."""
+
+
+class OnlyLoras(ConvertError):
+    """A source that holds LoRAs and nothing else: they need no conversion."""
+
+    def __init__(self, loras: Mapping[Path, TensorFile]):
+        files = " and ".join(label(path) for path in loras)
+        super().__init__(f"nothing to convert in a LoRA: give {files} to generate.py, with --lora FILE:STRENGTH")
+        self.loras = loras
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What was read of files that are not on this disk."""
+
+    num_bytes: int
+    num_requests: int
+    of_bytes: int  # that those files have
+
+
+class Shelf:
+    """Where files are looked for: on this disk and, by the paths they go by, among those `elsewhere`."""
+
+    def __init__(self, elsewhere: Mapping[Path, RemoteFile] | None = None):
+        self.elsewhere = elsewhere or {}
+
+    def has(self, path: Path) -> bool:
+        return path in self.elsewhere or path.is_file()
+
+    def below(self, folder: Path, pattern: str) -> list[Path]:
+        """The files in and below a folder whose names match a pattern."""
+        far = {path for path in self.elsewhere if folder in path.parents and path.match(pattern)}
+        return sorted(far.union(folder.rglob(pattern)))
+
+    def open(self, path: Path) -> TensorFile:
+        return TensorFile(path, self.elsewhere.get(path))
+
+    @property
+    def fetched(self) -> Fetched | None:
+        """What was read so far of files elsewhere; None where there are none."""
+        read = [file for file in self.elsewhere.values() if file.num_requests]
+        return (
+            Fetched(
+                num_bytes=sum(file.bytes_read for file in read),
+                num_requests=sum(file.num_requests for file in read),
+                of_bytes=sum(file.size for file in read),
+            )
+            if read
+            else None
+        )
+
+
+def repository_of(path: Path) -> tuple[str, str, str] | None:
+    """Name, commit and place within the repository of a path in the cache of the Hugging Face Hub.
+
+    Source: huggingface_hub, "Understand caching": models--OWNER--NAME/snapshots/COMMIT/PLACE.
+    """
+    parts = path.parts
+    for i, part in enumerate(parts[1:-1], start=1):
+        if part == "snapshots" and parts[i - 1].startswith("models--"):
+            name = parts[i - 1].removeprefix("models--").replace("--", "/", 1)
+            return name, parts[i + 1], "/".join(parts[i + 2 :])
+    return None
+
+
+def label(path: Path) -> str:
+    """A path as messages show it: of the Hub's cache, repository and commit."""
+    found = repository_of(path)
+    return str(path) if found is None else f"hf://{found[0]}@{found[1]}" + (f"/{found[2]}" if found[2] else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +100,7 @@ class UpscalerFile:
     path: Path
     component: str
     metadata: dict[str, Any]  # its `config`
-    tensors: Mapping[str, LazyTensor]
+    tensors: TensorFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +127,9 @@ class Source:
     sidecar: dict[str, Any] | None
     upscalers: dict[str, UpscalerFile]
     gemma: GemmaFolder | None
+    file_sizes: dict[Path, int]  # of main files and upscalers, in bytes
+    loras: dict[Path, TensorFile]  # that lie beside the model
+    remote: bool  # whether some of it is read by HTTP: then little is looked at
     doubled: tuple[str, ...] = ()  # main tensors that are in two files
     ignored: dict[str, str] = field(default_factory=dict)  # file -> why
 
@@ -66,21 +141,24 @@ class Source:
         return sum(tensor.nbytes for group in groups for tensor in group.values())
 
 
-def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path, ...] = ()) -> Source:
+def open_source(
+    path: Path, *, gemma: Path | None = None, upscalers: tuple[Path, ...] = (), shelf: Shelf | None = None
+) -> Source:
     """Reads the headers of all files of a package folder, or of an official checkpoint file.
 
     Raises ConvertError or FormatError for what is missing, damaged, foreign, or there twice.
     """
-    if not path.exists():
+    shelf = shelf or Shelf()
+    found = [path] if shelf.has(path) else shelf.below(path, "*.safetensors")
+    if not found and not path.exists():
         raise ConvertError(f"there is nothing at {path}; give a package folder or a checkpoint file")
-    found = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     # A tokenizer alone is no text encoder: converted checkpoints have one too.
     text_folders = [
-        file.parent for file in sorted(path.rglob("tokenizer.json")) if (file.parent / "config.json").is_file()
+        file.parent for file in shelf.below(path, "tokenizer.json") if shelf.has(file.parent / "config.json")
     ]
     found = [file for file in found if not any(folder in file.parents for folder in text_folders)]
     if path.is_dir():
-        check_indexes(path)
+        check_indexes(path, shelf.elsewhere)
     if not found and (path / MANIFEST).is_file():
         raise ConvertError(f"{path} is a converted checkpoint already; SOURCE is what was published")
     if not found:
@@ -90,22 +168,26 @@ def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path,
     main: list[TensorFile] = []
     named_upscalers: dict[str, UpscalerFile] = {}
     given: dict[str, UpscalerFile] = {}
+    loras: dict[Path, TensorFile] = {}
     for file in upscalers:
-        upscaler = _upscaler(file, TensorFile(file))
+        upscaler = _upscaler(file, shelf.open(file))
         if upscaler is None:
             raise ConvertError(f"{file} is not a latent upscaler: it has no upscaler configuration or tensors")
         _add_upscaler(given, upscaler)
     for file in found:
-        opened = TensorFile(file)
+        opened = shelf.open(file)
         upscaler = _upscaler(file, opened)
         if upscaler is not None and upscaler.component in given:
             ignored[str(file)] = f"--upscaler gives another {upscaler.component}"
         elif upscaler is not None:
             _add_upscaler(named_upscalers, upscaler)
-        elif any(".lora_A." in name or ".lora_B." in name for name in opened):
+        elif any(_LORA.search(name) for name in opened):
+            loras[file] = opened
             ignored[str(file)] = "a LoRA: give it to generate.py with --lora"
         else:
             main.append(opened)
+    if loras and not main and not named_upscalers:
+        raise OnlyLoras(loras)
 
     if gemma is None and len(text_folders) == 1:
         gemma = text_folders[0]
@@ -113,6 +195,7 @@ def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path,
         ignored |= {str(folder): "one of several text encoders: choose with --gemma" for folder in text_folders}
     metadata, version = _metadata(main)
     tensors, doubled = _merge(main)
+    all_upscalers = named_upscalers | given
     return Source(
         path=path,
         files=tuple(file.path for file in main),
@@ -121,8 +204,13 @@ def open_source(path: Path, *, gemma: Path | None = None, upscalers: tuple[Path,
         metadata=metadata,
         model_version=version,
         sidecar=find_sidecar(path) if path.is_dir() else None,
-        upscalers=named_upscalers | given,
-        gemma=None if gemma is None else open_gemma(gemma),
+        upscalers=all_upscalers,
+        gemma=None if gemma is None else open_gemma(gemma, shelf),
+        file_sizes={
+            file.path: file.file_size for file in (*main, *(upscaler.tensors for upscaler in all_upscalers.values()))
+        },
+        loras=loras,
+        remote=any(file.path in shelf.elsewhere for file in main),
         ignored=ignored,
     )
 
@@ -212,24 +300,25 @@ def _upscaler_config(path: Path, file: TensorFile) -> dict[str, Any]:
     return config
 
 
-def open_gemma(folder: Path) -> GemmaFolder:
+def open_gemma(folder: Path, shelf: Shelf | None = None) -> GemmaFolder:
     """Reads the headers of a Gemma 3 folder. Raises ConvertError for what it lacks."""
+    shelf = shelf or Shelf()
     if not folder.is_dir():
         raise ConvertError(f"there is no folder at {folder}; --gemma wants Gemma 3 in the Hugging Face layout")
-    lacking = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    lacking = [name for name in ("config.json", "tokenizer.json") if not shelf.has(folder / name)]
     if lacking:
         raise ConvertError(f"{folder} has no {' and no '.join(lacking)}; --gemma wants Gemma 3 as published, with both")
-    check_indexes(folder)
+    check_indexes(folder, shelf.elsewhere)
     try:
         metadata = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ConvertError(f"{folder / 'config.json'} is not JSON: {error}") from error
     if not isinstance(metadata, dict):
         raise ConvertError(f"{folder / 'config.json'} is not a JSON object; --gemma wants Gemma 3 as published")
-    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in shelf.below(folder, "*.safetensors") if file.parent == folder]
     if not files:
         raise ConvertError(f"{folder} holds no safetensors file; download the weights of Gemma 3 too")
-    tensors, twice = _merge([TensorFile(path) for path in files])
+    tensors, twice = _merge([shelf.open(path) for path in files])
     if twice:
         raise ConvertError(f"{len(twice)} tensors of {folder} are there twice, such as {twice[0]}; download it again")
     skipped = tuple(name for name in tensors if any(fnmatch(name, pattern) for pattern in SKIP))

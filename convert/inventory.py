@@ -25,6 +25,7 @@ from ltx_jax.models.upscaler import LatentUpscaler
 from ltx_jax.presets import LTX_2_3, NUM_HIDDEN_STATES
 
 PREFIX = "model.diffusion_model."
+_SAMPLED_REMOTELY = 8  # weights of a kind: some 500 blocks, where 200 decide
 _DTYPES = tuple(np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32))  # of plain weights
 
 
@@ -176,7 +177,12 @@ def take_inventory(source: Source, base: Source | None = None) -> Inventory:
     refuse_look_alikes(source.tensors)
     package, weights, found = None, {}, source.tensors
     if any(tensor.dtype in (np.uint8, np.int8) for tensor in source.tensors.values()):
-        package = read_package(source.tensors, sidecar=source.sidecar, model_shapes=expected.matrices)
+        package = read_package(
+            source.tensors,
+            sidecar=source.sidecar,
+            model_shapes=expected.matrices,
+            max_sampled=_SAMPLED_REMOTELY if source.remote else None,
+        )
         weights, found = package.weights, package.plain
     doubled, plain = list(source.doubled), {}
     for name, tensor in found.items():

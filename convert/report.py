@@ -3,13 +3,14 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from convert.evidence import Energy, claimed_bits, contradictions, energies
-from convert.files import open_source
+from convert.files import Fetched, Shelf, label, open_source
 from convert.inventory import PREFIX, Inventory, take_inventory
+from convert.loras import LoraFacts, describe_loras, lora_text
 from hlwq_jax import StoredWeight
 
 _BLOCK = re.compile(re.escape(PREFIX) + r"transformer_blocks\.(\d+)\.(.*)")
@@ -26,9 +27,10 @@ class QuantizedGroup:
     codebook: str
     decided_by: str
     num_weights: int
+    num_sampled: int  # of them
     num_bytes: int
     bits_per_weight: float  # norms, meta and padding included
-    num_blocks: int  # sampled for the energy
+    num_blocks: int  # that were sampled for the energy
     num_saturated: int  # of them nearly constant before they were packed
     energies: dict[str, Energy]  # by table; that of the codebook is the nearest to what it should be
 
@@ -63,6 +65,8 @@ class Report:
     num_filled: int
     num_filled_packed: int  # of them packed, as the package packs its like
     problems: tuple[str, ...]
+    loras: tuple[LoraFacts, ...]  # that lie beside the model
+    fetched: Fetched | None = None  # by HTTP
 
     @property
     def complete(self) -> bool:
@@ -75,28 +79,30 @@ def inspect(
     gemma: str | Path | None = None,
     upscalers: Iterable[str | Path] = (),
     base: str | Path | None = None,
+    shelf: Shelf | None = None,
 ) -> Report:
     """Reads headers and a sample of codes of a source; never a whole payload. Raises as `convert` does."""
+    shelf = shelf or Shelf()
     opened = open_source(
-        Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
+        Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers)), shelf=shelf
     )
-    return make_report(take_inventory(opened, None if base is None else open_source(Path(base))))
+    report = make_report(take_inventory(opened, None if base is None else open_source(Path(base), shelf=shelf)))
+    return replace(report, fetched=shelf.fetched)
 
 
 def make_report(inventory: Inventory) -> Report:
     source, expected = inventory.source, inventory.expected
     linears = [name for name, target in expected.targets.items() if target.linear and _is_big_linear(name)]
     found = set(inventory.plain) | set(inventory.weights)
-    paths = [*source.files, *(upscaler.path for upscaler in source.upscalers.values())]
     missing, claims = inventory.missing, claimed_bits(source)
     linears_per_block = len(linears) // max(expected.configs.transformer.num_layers, 1)
     warnings = () if inventory.package is None else inventory.package.warnings
     return Report(
-        source=str(source.path),
+        source=label(source.path),
         kind="HLWQ package" if inventory.weights else "plain checkpoint",
         model_version=source.model_version,
         configuration=inventory.config_origin,
-        files={str(path): path.stat().st_size for path in paths},
+        files={label(path): size for path, size in source.file_sizes.items()},
         num_tensors=len(found) + sum(len(upscaler.tensors) for upscaler in source.upscalers.values()),
         num_bytes=source.nbytes,
         quantized=_groups(inventory.weights.values()),
@@ -106,18 +112,19 @@ def make_report(inventory: Inventory) -> Report:
         quantized_block_linears=sum(name in inventory.weights for name in linears),
         plain_block_linears=sum(name in inventory.plain for name in linears),
         quantized_elsewhere=tuple(sorted(set(inventory.weights) - set(linears))),
-        text_encoder=None if source.gemma is None else str(source.gemma.path),
-        upscalers={name: str(upscaler.path) for name, upscaler in source.upscalers.items()},
+        text_encoder=None if source.gemma is None else label(source.gemma.path),
+        upscalers={name: label(upscaler.path) for name, upscaler in source.upscalers.items()},
         skipped=inventory.skipped,
         ignored=source.ignored,
         warnings=(*_together(warnings), *contradictions(inventory.weights.values(), claims)),
         missing=tuple(group_missing(missing, linears_per_block=linears_per_block)),
         num_missing=len(missing),
-        base=None if inventory.base is None else str(inventory.base.path),
+        base=None if inventory.base is None else label(inventory.base.path),
         filled=tuple(group_missing(inventory.filled, linears_per_block=linears_per_block)),
         num_filled=len(inventory.filled),
         num_filled_packed=sum(recipe is not None for recipe in inventory.filled.values()),
         problems=tuple(inventory.problems),
+        loras=describe_loras(source.loras, expected),
     )
 
 
@@ -145,6 +152,7 @@ def _groups(weights: Iterable[StoredWeight]) -> tuple[QuantizedGroup, ...]:
                 codebook=table,
                 decided_by=reasons.most_common(1)[0][0],
                 num_weights=len(members),
+                num_sampled=sum(member.energy is not None for member in members),
                 num_bytes=stored,
                 bits_per_weight=8 * stored / max(values, 1),
                 num_blocks=num_blocks,
@@ -234,7 +242,8 @@ def to_text(report: Report) -> str:
         lines.append(f"codebook       {group.codebook}: {group.decided_by}")
         tables = ", ".join(f"{t} {e.measured:.4f} ({e.expected:.4f})" for t, e in group.energies.items())
         saturated = f", {group.num_saturated} nearly constant" if group.num_saturated else ""
-        lines.append(f"energy         of {group.num_blocks} blocks by table (expected): {tables}{saturated}")
+        few = f" of {group.num_sampled} matrices" if group.num_sampled < group.num_weights else ""
+        lines.append(f"energy         of {group.num_blocks} blocks{few} by table (expected): {tables}{saturated}")
     if report.claimed_bits:
         claims = ", ".join(f"{who} says {bits}" for who, bits in report.claimed_bits.items())
         lines.append(f"claimed bits   {claims}")
@@ -248,7 +257,7 @@ def to_text(report: Report) -> str:
     lines += [f"upscaler       {name}: {path}" for name, path in report.upscalers.items()]
     lines.append(f"text encoder   {report.text_encoder or 'none here; give --gemma to convert with one'}")
     lines += [f"skipped        {name} (nothing reads it)" for name in report.skipped]
-    lines += [f"ignored        {path}: {why}" for path, why in report.ignored.items()]
+    lines += [f"ignored        {label(Path(path))}: {why}" for path, why in report.ignored.items()]
     lines += [f"warning        {text}" for text in report.warnings]
     lines += [f"problem        {text}" for text in report.problems[:20]]
     if len(report.problems) > 20:
@@ -262,7 +271,18 @@ def to_text(report: Report) -> str:
         lines += [f"               {line}" for line in report.missing]
     elif not report.problems:
         lines.append("complete       every parameter of every model is here, once")
+    lines += [lora_text(lora) for lora in report.loras]
+    if report.fetched is not None:
+        lines.append(fetched_text(report.fetched))
     return "\n".join(lines)
+
+
+def fetched_text(fetched: Fetched) -> str:
+    """What was read over the network, for people."""
+    return (
+        f"fetched        {size_text(fetched.num_bytes)} of {size_text(fetched.of_bytes)}, in {fetched.num_requests} "
+        "requests; a conversion reads all of it"
+    )
 
 
 def size_text(count: float) -> str:

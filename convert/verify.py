@@ -16,9 +16,11 @@ import tyro
 
 from convert.compare import compare, plot, print_comparison, to_json
 from convert.files import ConvertError
+from convert.hub import Hub
 from convert.journal import INVENTORY, file_digest, read_inventory
 from convert.progress import progress_bar
 from convert.report import size_text
+from convert.sources import bring
 from ltx_jax.checkpoint import MANIFEST, Manifest
 from ltx_jax.orbax_io import Stored, faults
 
@@ -34,9 +36,9 @@ class Verify:
 
     checkpoint: tyro.conf.Positional[Path]
     """The folder that convert made."""
-    against: Path | None = None
-    """The official checkpoint (a file, or a folder), unquantised: every tensor is compared with it."""
-    gemma: Path | None = None
+    against: str | None = None
+    """The official checkpoint (a file, a folder or a repository), unquantised: every tensor is compared with it."""
+    gemma: str | None = None
     """Gemma 3 in the Hugging Face layout, to compare the text encoder with."""
     json: bool = False
     """Print JSON."""
@@ -77,7 +79,8 @@ def run_verify(options: Verify) -> int:
     found = verify(options.checkpoint, progress=not options.json)
     comparison = None
     if options.against is not None and found.ok:
-        comparison = compare(options.checkpoint, options.against, gemma=options.gemma, progress=not options.json)
+        here = bring(Hub(), options.against, gemma=options.gemma, progress=not options.json)
+        comparison = compare(options.checkpoint, here.source, gemma=here.gemma, progress=not options.json)
         if options.plot is not None:
             plot(comparison, options.plot)
     if options.json:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from convert.arrays import Pieces, moved, planes
 from convert.destination import MARKER, WORKING, Work, check_space, claim
-from convert.files import ConvertError, open_source
+from convert.files import ConvertError, open_source, repository_of
 from convert.inventory import Inventory, take_inventory
 from convert.journal import INVENTORY, Part, file_digest
 from convert.layout import kept_tensors, layout_of, write_kept
@@ -364,6 +364,7 @@ class Conversion:
             linear_names=inventory.expected.linear_names,
             provenance={
                 "sources": {path: {"bytes": self.stamps[path][0], "sha256": sources[path]} for path in sources},
+                "repositories": _repositories(self.files),
                 "inventory_sha256": inventory_sha256,
                 "options": self.options,
                 "quantized": [asdict(group) for group in self.report.quantized],  # as it arrived
@@ -390,6 +391,12 @@ def _source_files(inventory: Inventory) -> list[Path]:
     gemma = () if source.gemma is None else source.gemma.files
     upscalers = (upscaler.path for upscaler in source.upscalers.values())
     return [*source.files, *upscalers, *gemma, *(() if base is None else base.files)]
+
+
+def _repositories(files: Iterable[Path]) -> dict[str, str]:
+    """The commit of every repository of the Hugging Face Hub that sources are from."""
+    found = filter(None, map(repository_of, files))
+    return {name: commit for name, commit, _ in found}
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:

@@ -98,8 +98,13 @@ def describe(
     model_shape: tuple[int, ...] | None,
     bit_order: BitOrder | None,
     warn: Callable[[str], None],
+    alike: StoredWeight | None = None,
 ) -> StoredWeight:
-    """Everything about a weight but its table, unless that is stored. Raises `FormatError` where parts contradict."""
+    """Everything about a weight but its table, unless that is stored. Raises `FormatError` where parts contradict.
+
+    `alike` is a weight stored in the same way: where shapes leave width or packing open, they are its ones, and no code
+    of this one is looked at.
+    """
     meta, layer = _read_meta(parts), sidecar.layer(parts.stem)
     if meta.entries == 2:
         warn(f"{name}: meta has 2 entries, read as [bits, padded inputs]; no package with that layout is known")
@@ -147,11 +152,12 @@ def describe(
     )
     claimed = num_levels.bit_length() - 1 if num_levels else meta.bits
     hinted = _setting(layer, "bits", where=f"sidecar: {name}") or (sidecar.bits if parts.layout == "V4" else None)
-    weight = _packing(weight, meta, claimed=claimed, hinted=hinted, order=bit_order)
+    weight = _packing(weight, meta, claimed=claimed, hinted=hinted, order=bit_order, alike=alike)
     if hinted is not None and hinted != weight.bits:
         warn(f"{name}: the sidecar says {hinted} bits, the tensors hold {weight.bits}")
     if parts.table is not None:
-        return _with_stored_table(weight, parts.table, scaled=parts.table_is_scaled)
+        weight = _with_stored_table(weight, parts.table, scaled=parts.table_is_scaled)
+        return weight if alike is not None else _in_fitting_order(weight)
     return weight
 
 
@@ -274,7 +280,13 @@ def _agreed(name: str, what: str, stated: list[tuple[str, int | None]]) -> int |
 
 
 def _packing(
-    weight: StoredWeight, meta: _Meta, *, claimed: int | None, hinted: int | None, order: BitOrder | None
+    weight: StoredWeight,
+    meta: _Meta,
+    *,
+    claimed: int | None,
+    hinted: int | None,
+    order: BitOrder | None,
+    alike: StoredWeight | None,
 ) -> StoredWeight:
     """Width and packing: `claimed` bits (from a stored table or meta) must fit, `hinted` ones are preferred."""
     fits = list(_fitting(weight, meta, order))
@@ -288,6 +300,8 @@ def _packing(
         )
     if hinted is not None and any(bits == hinted for _, bits in fits):
         fits = [(packing, bits) for packing, bits in fits if bits == hinted]
+    if alike is not None and (alike.packing, alike.bits) in fits:
+        fits = [(alike.packing, alike.bits)]
     options = [replace(weight, packing=packing, bits=bits, centroids=lloyd_max(bits)) for packing, bits in fits]
     if len(options) == 1:
         return options[0]
@@ -359,7 +373,12 @@ def _with_stored_table(weight: StoredWeight, tensor: LazyTensor, *, scaled: bool
     stored_scaled = levels.astype(np.float32) if scaled else None
     if scaled:
         levels = (levels.astype(np.float64) * weight.block_size**0.5).astype(np.float32)
-    weight = replace(weight, centroids=levels, stored_scaled=stored_scaled, table="stored", table_reason="stored")
+    return replace(weight, centroids=levels, stored_scaled=stored_scaled, table="stored", table_reason="stored")
+
+
+def _in_fitting_order(weight: StoredWeight) -> StoredWeight:
+    """A weight with a stored table in the other bit order, where only that one gives possible codes."""
+    levels = weight.centroids
     if len(weight.code_tensor.shape) == 2 and weight.bits == 5 and weight.packing != "N" and weight.layout != "V2":
         other = weight.reordered()
         fits, fits_other = (plausible(measure(w.sample(), levels), levels, weight.block_size) for w in (weight, other))

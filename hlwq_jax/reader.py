@@ -6,7 +6,7 @@ and a weight that contradicts them raises `FormatError` with its name and the ev
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from hlwq_jax.codebook import TABLES, TableName, lloyd_max
 from hlwq_jax.energy import ENOUGH_BLOCKS, Measurement, clear_winner, measure, measure_tables, plausible
-from hlwq_jax.format import gather
+from hlwq_jax.format import Parts, gather
 from hlwq_jax.geometry import BitOrder, Sidecar, describe
 from hlwq_jax.names import PREFIXES, resolve_stems
 from hlwq_jax.stored import StoredWeight
@@ -90,14 +90,17 @@ def find_tensors(folder: Path | str) -> tuple[dict[str, LazyTensor], tuple[str, 
     return {name: where[0] for name, where in owners.items() if len(where) == 1}, warnings
 
 
-def check_indexes(folder: Path) -> None:
-    """Raises `FormatError` for shards that an index in or below a folder lists and that are not there."""
+def check_indexes(folder: Path, elsewhere: Container[Path] = ()) -> None:
+    """Raises `FormatError` for shards that an index in or below a folder lists and that are neither there nor among
+    those `elsewhere`."""
     for path in sorted(folder.rglob("*.safetensors.index.json")):
         weight_map = _read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise FormatError(f"{path}: expected a weight_map from tensor to file")
         shards = sorted({str(name) for name in weight_map.values()})
-        missing = [name for name in shards if not (path.parent / name).is_file()]
+        missing = [
+            name for name in shards if not (path.parent / name).is_file() and path.parent / name not in elsewhere
+        ]
         if missing:
             raise FormatError(f"{path} lists {', '.join(missing)}, which is not there: download what is missing")
 
@@ -128,13 +131,15 @@ def read_package(
     model_shapes: Mapping[str, tuple[int, ...]] | None = None,
     table: TableName | None = None,
     bit_order: BitOrder | None = None,
+    max_sampled: int | None = None,
 ) -> Package:
     """Detects the layout and describes every quantized weight of a package.
 
     `model_shapes` (parameter name to `[out, in]`) resolves stems to names and fills in sizes that the package lacks;
     without it weights keep their stems. `table` overrides the table where none is stored, `bit_order` the order in
-    dense streams (that of 1- and 2-bit streams cannot be told from the codes). Raises `FormatError`
-    for anything that does not fit.
+    dense streams (that of 1- and 2-bit streams cannot be told from the codes). Codes are sampled of every weight, or of
+    `max_sampled` of each kind, spread over the model; the others are taken to be alike and have no `energy`. Raises
+    `FormatError` for anything that does not fit.
     """
     if table is not None and table not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {table!r}")
@@ -147,15 +152,26 @@ def read_package(
         names, unknown = dict(resolved.names), resolved.unknown
     warnings: list[str] = []
     weights = []
+    sampled = _spread(parts, max_sampled)
+    first: dict[Hashable, StoredWeight] = {}  # of each kind; it is always sampled
     for part in parts:
         name = names[part.stem]
+        alike = None if part.stem in sampled else first[_kind(part)]
         shape = None if model_shapes is None or part.stem in unknown else tuple(model_shapes[name])
-        weights.append(
-            describe(part, name=name, sidecar=facts, model_shape=shape, bit_order=bit_order, warn=warnings.append)
+        weight = describe(
+            part,
+            name=name,
+            sidecar=facts,
+            model_shape=shape,
+            bit_order=bit_order,
+            warn=warnings.append,
+            alike=alike,
         )
+        weights.append(weight)
+        first.setdefault(_kind(part), weight)
         if name in plain:
             raise FormatError(f"{name} is there both as codes ({part.codes.where}) and plain ({plain[name].where})")
-    weights = _decide_tables(weights, table or facts.table, warnings)
+    weights = _decide_tables(weights, sampled, table or facts.table, warnings)
     for weight in weights:
         if weight.energy is not None and not plausible(weight.energy, weight.centroids, weight.block_size):
             raise FormatError(weight.evidence(weight.energy))
@@ -171,6 +187,20 @@ def read_package(
     )
 
 
+def _kind(parts: Parts) -> Hashable:
+    """What weights that were packed alike have in common, before anything of them is read."""
+    table = None if parts.table is None else parts.table.size
+    return parts.layout, parts.codes.dtype, len(parts.codes.shape), parts.codes.size / max(parts.norms.size, 1), table
+
+
+def _spread(parts: Sequence[Parts], count: int | None) -> set[str]:
+    """The stems of at most `count` weights of each kind, the first one among them; of all without a count."""
+    kinds: dict[Hashable, list[str]] = {}
+    for part in parts:
+        kinds.setdefault(_kind(part), []).append(part.stem)
+    return {stem for stems in kinds.values() for stem in stems[:: -(-len(stems) // (count or len(stems)))]}
+
+
 def _missing(model_names: Iterable[str], quantized: set[str], plain: Mapping[str, LazyTensor]) -> tuple[str, ...]:
     spellings = {spelling for name in plain for spelling in (name, *(name.removeprefix(p) for p in PREFIXES))}
     return tuple(
@@ -182,22 +212,24 @@ def _missing(model_names: Iterable[str], quantized: set[str], plain: Mapping[str
     )
 
 
-def _decide_tables(weights: list[StoredWeight], told: TableName | None, warnings: list[str]) -> list[StoredWeight]:
+def _decide_tables(
+    weights: list[StoredWeight], sampled: set[str], told: TableName | None, warnings: list[str]
+) -> list[StoredWeight]:
     """Gives every weight its table: stored, else as told, else by energy, one for all weights of a width.
 
     Where a width has too few blocks to decide, or tables hardly differ (A and B at 2, 3, 7 and 8 bits), the package's
     best decision at another width holds, as one packer wrote them all, and else the layout's default.
     """
-    samples = {weight.name: weight.sample() for weight in weights}
+    samples = {weight.name: weight.sample() for weight in weights if weight.stem in sampled}
     groups: dict[tuple[int, int], list[StoredWeight]] = {}
     for weight in weights:
         if weight.table != "stored":
             groups.setdefault((weight.bits, weight.block_size), []).append(weight)
     clear: dict[tuple[int, int], tuple[TableName, Measurement]] = {}
     for key, group in groups.items():
-        codes = np.concatenate([samples[weight.name] for weight in group])
-        if told is None and len(codes):
-            measured = measure_tables(codes, key[0])
+        found = [samples[weight.name] for weight in group if weight.name in samples]
+        if told is None and any(map(len, found)):
+            measured = measure_tables(np.concatenate(found), key[0])
             winner = clear_winner(measured)
             if winner is not None:
                 clear[key] = winner, measured[winner]
@@ -222,7 +254,9 @@ def _decide_tables(weights: list[StoredWeight], told: TableName | None, warnings
             if weight.layout == "V7" and weight.bits in (2, 3):
                 levels = levels.round(4)  # that code kept these two tables as decimals
             weight = replace(weight, table=table, table_reason=reason, centroids=levels)
-        result.append(replace(weight, energy=measure(samples[weight.name], weight.centroids)))
+        if weight.name in samples:
+            weight = replace(weight, energy=measure(samples[weight.name], weight.centroids))
+        result.append(weight)
     guessed = sorted({weight.bits for weight in result if weight.table_reason == "default"})
     if guessed:
         warnings.append(f"the codes do not tell the table of weights at {guessed} bits: using the layout's default")

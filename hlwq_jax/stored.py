@@ -39,7 +39,7 @@ class StoredWeight:
     table_reason: str  # how the table was decided
     centroids: Float32[np.ndarray, " levels"]
     stored_scaled: Float32[np.ndarray, " levels"] | None = None  # the file's own levels / sqrt(block), to the bit
-    energy: Measurement | None = None  # of the sampled blocks
+    energy: Measurement | None = None  # of the sampled blocks; None where none were looked at
     code_tensor: LazyTensor
     norm_tensor: LazyTensor
     nbytes: int  # stored, all parts together

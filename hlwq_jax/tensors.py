@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors. A foreign or damaged file raises `Fo
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,19 @@ class FormatError(ValueError):
     """A file or tensor that is damaged, foreign, or not what its name says."""
 
 
+class ByteSource(ABC):
+    """Where the bytes of a file come from: this disk, or a server (see `remote`)."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Of the whole file."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
     """One entry of a header; `start` counts bytes from the beginning of the file."""
@@ -56,11 +70,19 @@ class TensorInfo:
 class LazyTensor:
     """A named tensor that is read when asked for: from a file, or from an array that is already there."""
 
-    def __init__(self, name: str, info: TensorInfo, path: Path | None, array: np.ndarray | None = None):
+    def __init__(
+        self,
+        name: str,
+        info: TensorInfo,
+        path: Path | None,
+        array: np.ndarray | None = None,
+        source: ByteSource | None = None,
+    ):
         self.name = name
         self.path = path
         self._info = info
         self._array = array
+        self._source = source
 
     @classmethod
     def from_array(cls, name: str, array: np.ndarray) -> "LazyTensor":
@@ -104,6 +126,8 @@ class LazyTensor:
             return self._array.reshape(-1)[start:stop]
         assert self.path is not None
         offset = self._info.start + start * self.dtype.itemsize
+        if self._source is not None:
+            return np.frombuffer(self._source.read(offset, offset + (stop - start) * self.dtype.itemsize), self.dtype)
         # Plain reads and no memory map: a file cut off while in use then raises, where a map would kill the process.
         data = np.fromfile(self.path, self.dtype, count=stop - start, offset=offset)
         if data.size != stop - start:
@@ -117,17 +141,21 @@ class LazyTensor:
 
 
 class TensorFile(Mapping[str, LazyTensor]):
-    """A safetensors file: its names mapped to lazy tensors. Opening reads the header and checks all of it."""
+    """A safetensors file: its names mapped to lazy tensors. Opening reads the header and checks all of it.
 
-    def __init__(self, path: Path | str):
+    With a `source` its bytes come from there, and the path is only its name.
+    """
+
+    def __init__(self, path: Path | str, source: ByteSource | None = None):
         self.path = Path(path)
-        header, data_start, file_size = _read_header(self.path)
+        self._source = source
+        header, data_start, self.file_size = _read_header(self.path, source or _LocalBytes(self.path))
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise FormatError(f"{self.path}: __metadata__ must map strings to strings, got {_short(metadata)}")
         self.metadata: dict[str, str] = metadata
         self.tensors = {name: _parse_entry(self.path, name, entry, data_start) for name, entry in header.items()}
-        _check_layout(self.path, self.tensors, data_start, file_size)
+        _check_layout(self.path, self.tensors, data_start, self.file_size)
 
     def read(self, name: str) -> np.ndarray:
         return self[name].read()
@@ -136,7 +164,7 @@ class TensorFile(Mapping[str, LazyTensor]):
         return self[name].read_rows(start, stop)
 
     def __getitem__(self, name: str) -> LazyTensor:
-        return LazyTensor(name, self.tensors[name], self.path)
+        return LazyTensor(name, self.tensors[name], self.path, source=self._source)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -145,22 +173,36 @@ class TensorFile(Mapping[str, LazyTensor]):
         return len(self.tensors)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+class _LocalBytes(ByteSource):
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
+        self.path = path
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def read(self, start: int, stop: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+
+def _read_header(path: Path, source: ByteSource) -> tuple[dict[str, Any], int, int]:
     """The parsed header, where the data starts, and the file's size."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
-    file_size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(256)
-        _refuse_foreign(path, start, file_size)
-        length = int.from_bytes(start[:8], "little")
-        if length > min(_MAX_HEADER, file_size - 8):
-            raise FormatError(
-                f"{path}: not a safetensors file, or cut off: its first 8 bytes promise a header of {length} bytes, "
-                f"but the file has {file_size} bytes: download it again"
-            )
-        file.seek(8)
-        raw = file.read(length)
+    file_size = source.size
+    start = source.read(0, min(file_size, 256))
+    refuse_foreign(path, start)
+    if file_size < 10:
+        raise FormatError(f"{path}: expected a safetensors file, got {file_size} bytes: download it again")
+    length = int.from_bytes(start[:8], "little")
+    if length > min(_MAX_HEADER, file_size - 8):
+        raise FormatError(
+            f"{path}: not a safetensors file, or cut off: its first 8 bytes promise a header of {length} bytes, "
+            f"but the file has {file_size} bytes: download it again"
+        )
+    raw = source.read(8, 8 + length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
     except FormatError:
@@ -172,8 +214,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, file_size
 
 
-def _refuse_foreign(path: Path, start: bytes, file_size: int) -> None:
-    """Says what a file is, where it is one of the things that are often found under a model file's name."""
+def refuse_foreign(path: Path | str, start: bytes) -> None:
+    """Raises `FormatError` for a file that begins like one of the things often found under a model file's name."""
     if start.startswith(b"version https://git-lfs"):
         raise FormatError(f"{path}: this is a Git LFS pointer, not the file: run `git lfs pull`, or download it again")
     if start.lstrip()[:1] == b"<":
@@ -184,8 +226,6 @@ def _refuse_foreign(path: Path, start: bytes, file_size: int) -> None:
         raise FormatError(f"{path}: this is a GGUF file; expected safetensors")
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise FormatError(f"{path}: this is a zip or pickle file (torch .pt?); expected safetensors")
-    if file_size < 10:
-        raise FormatError(f"{path}: expected a safetensors file, got {file_size} bytes: download it again")
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ ltx_core/loader (`W + strength * B A`, no alpha).
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -65,6 +66,32 @@ def _to_bfloat16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What the keys and shapes of a LoRA file say."""
+
+    keys: dict[
+        str, tuple[str, str]
+    ]  # adapted linear, by its published name below `diffusion_model.` -> keys of A and B
+    foreign: tuple[str, ...]  # keys of another kind
+    broken: tuple[str, ...]  # linears whose A or B is missing, or of another rank than the other
+
+
+def find_pairs(shapes: Mapping[str, tuple[int, ...]]) -> Pairs:
+    """Sorts the tensors of a LoRA file, given by key and shape, into pairs."""
+    halves: dict[str, dict[str, str]] = defaultdict(dict)
+    foreign = []
+    for key, shape in shapes.items():
+        name, _, half = key.removesuffix(".weight").rpartition(".")
+        if not key.endswith(".weight") or half not in ("lora_A", "lora_B") or len(shape) != 2:
+            foreign.append(key)
+            continue
+        halves[name.removeprefix("model.").removeprefix("diffusion_model.")][half] = key
+    whole = {name: (found["lora_A"], found["lora_B"]) for name, found in halves.items() if len(found) == 2}
+    keys = {name: (a, b) for name, (a, b) in whole.items() if shapes[a][0] == shapes[b][1]}
+    return Pairs(keys, tuple(foreign), tuple(sorted(set(halves) - set(keys))))
+
+
 def read_lora(path: Path) -> dict[str, tuple[Array, Array]]:
     """The `(A, B)` of every adapted linear by its published name below `diffusion_model.`.
 
@@ -75,27 +102,15 @@ def read_lora(path: Path) -> dict[str, tuple[Array, Array]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise LoraError(f"{path} cannot be read as a safetensors file: {error}") from error
-    halves: dict[str, dict[str, Array]] = defaultdict(dict)
-    foreign = []
-    for key, tensor in tensors.items():
-        name, _, half = key.removesuffix(".weight").rpartition(".")
-        if not key.endswith(".weight") or half not in ("lora_A", "lora_B") or tensor.ndim != 2:
-            foreign.append(key)
-            continue
-        halves[name.removeprefix("model.").removeprefix("diffusion_model.")][half] = tensor
-    if foreign or not halves:
+    pairs = find_pairs({key: tensor.shape for key, tensor in tensors.items()})
+    if pairs.foreign or not tensors:
         raise LoraError(
             f"{path} is not an LTX-2 LoRA: expected keys `diffusion_model.….lora_A.weight` and `lora_B.weight`, "
-            f"found {', '.join(foreign[:5]) or 'no tensors'}{' and more' if len(foreign) > 5 else ''}"
+            f"found {', '.join(pairs.foreign[:5]) or 'no tensors'}{' and more' if len(pairs.foreign) > 5 else ''}"
         )
-    wrong = [
-        name
-        for name, pair in halves.items()
-        if set(pair) != {"lora_A", "lora_B"} or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]
-    ]
-    if wrong:
-        raise LoraError(f"{path}: A and B are missing or of different rank for {', '.join(sorted(wrong)[:8])}")
-    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
+    if pairs.broken:
+        raise LoraError(f"{path}: A and B are missing or of different rank for {', '.join(pairs.broken[:8])}")
+    return {name: (tensors[a], tensors[b]) for name, (a, b) in pairs.keys.items()}
 
 
 def add_loras(model: nnx.Module, loras: Sequence[tuple[Path, float]], linear_names: Mapping[str, str]) -> None:

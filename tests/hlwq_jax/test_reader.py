@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hlwq_jax import FormatError, TensorFile, find_sidecar, open_folder, pack, pack_planes, quantize, read_package
+from hlwq_jax import (
+    FormatError,
+    LazyTensor,
+    TensorFile,
+    find_sidecar,
+    open_folder,
+    pack,
+    pack_planes,
+    quantize,
+    read_package,
+)
 
 from .conftest import assert_decodes, gaussian, lazy, random_quantized, stored_as
 
@@ -335,3 +345,37 @@ def test_sidecars_and_indexes(tmp_path):
 def test_stored_bytes_are_counted(hlwq_dir):
     files = load_file(hlwq_dir / "hlwq_q5_meta5" / "model-00001-of-00001.safetensors")
     assert open_folder(hlwq_dir / "hlwq_q5_meta5").nbytes == sum(array.nbytes for array in files.values())
+
+
+@pytest.mark.parametrize("layout", ["V1", "V2", "V3", "V4", "V5", "V6"])
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_a_sample_of_the_weights_decides_as_all_of_them_do(layout, bits):
+    arrays, shapes = {}, {}
+    for i in range(9):
+        arrays |= stored_as(layout, f"net.{i}.a", random_quantized(64, 1024, bits=bits, table="B", seed=i))
+        shapes[f"net.{i}.a.weight"] = (64, 1024)
+    read: list[str] = []
+    sampled = read_package(_logged(arrays, read), model_shapes=shapes, max_sampled=3)
+    every = read_package(lazy(arrays), model_shapes=shapes)
+    looked_at = {name for name, weight in sampled.weights.items() if weight.energy is not None}
+    assert looked_at == {f"net.{i}.a.weight" for i in (0, 3, 6)}
+    assert {name for name in read if "codes" in name or "packed" in name} == {
+        name
+        for name in arrays
+        if ("codes" in name or "packed" in name) and name.split("net")[1].strip("_.")[0] in "036"
+    }
+    for name, weight in every.weights.items():
+        found = sampled.weights[name]
+        assert (found.bits, found.packing, found.table) == (weight.bits, weight.packing, weight.table)
+        np.testing.assert_array_equal(found.centroids, weight.centroids)
+
+
+def _logged(arrays, read):
+    """Tensors that write their names down when they are read."""
+
+    class Logged(LazyTensor):
+        def read_flat(self, start, stop):
+            read.append(self.name)
+            return super().read_flat(start, stop)
+
+    return {name: Logged.from_array(name, array) for name, array in arrays.items()}
