@@ -12,6 +12,7 @@ from hlwq_jax import StoredWeight
 from hlwq_jax.energy import Measurement, measure, measure_tables
 
 _BITS = re.compile(r"(?<![0-9A-Za-z])(?:Q([2-8])(?![0-9A-Za-z])|([2-8])[-_ ]?bits?\b)", re.IGNORECASE)
+_CARD = 2**20  # characters that are read of a card
 _ENOUGH_BLOCKS = 16  # of a weight, to judge it alone
 _CHANCE = 3.0  # times what an energy may be off by chance
 
@@ -47,7 +48,8 @@ def claimed_bits(source: Source) -> dict[str, int]:
     if type(sidecar.get("bits")) is int:
         claims["sidecar"] = sidecar["bits"]
     if card.is_file():
-        claims["card"] = _told(card.read_text(errors="replace"))
+        with card.open(errors="replace") as text:
+            claims["card"] = _told(text.read(_CARD))
     # In the cache of the Hub a repository's name stands two folders above its files.
     named = map(_told, reversed(source.path.absolute().parts[-3:]))
     claims["name"] = next((bits for bits in named if bits is not None), None)

@@ -1,8 +1,8 @@
 """What a source holds: which file has which model, told by names and metadata inside the files, never by file names."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any
 
 from convert.tables.gemma import SKIP
 from hlwq_jax import LazyTensor, TensorFile, find_sidecar
-from hlwq_jax.reader import check_indexes
+from hlwq_jax.reader import check_indexes, find_pickles
 from hlwq_jax.remote import RemoteFile
+from hlwq_jax.tensors import parse_json, read_json
 from ltx_jax.checkpoint import MANIFEST, upscaler_component
-from ltx_jax.config import UpscalerConfig
+from ltx_jax.config import ConfigError, GemmaConfig, UpscalerConfig
 
 _LORA = re.compile(r"[._]lora_(A|B|up|down)\b|\.lora\.(up|down)\.")
 _SECTIONS = ("transformer", "vae", "audio_vae", "vocoder")
@@ -22,6 +23,10 @@ TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 
 class ConvertError(ValueError):
     """A source that cannot be converted, or a destination that cannot be written; the text says what to do."""
+
+
+class SourceConfigError(ConvertError, ConfigError):
+    """A source whose configuration is not one of LTX-2.3; the text begins with its file."""
 
 
 class OnlyLoras(ConvertError):
@@ -132,6 +137,7 @@ class Source:
     remote: bool  # whether some of it is read by HTTP: then little is looked at
     doubled: tuple[str, ...] = ()  # main tensors that are in two files
     ignored: dict[str, str] = field(default_factory=dict)  # file -> why
+    config_file: Path | None = None  # that has the metadata
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +145,15 @@ class Source:
         if self.gemma is not None:
             groups.append(self.gemma.tensors)
         return sum(tensor.nbytes for group in groups for tensor in group.values())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file in what is wrong with its configuration, which it raises as SourceConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise SourceConfigError(f"{path}: {error}") from error
 
 
 def open_source(
@@ -161,10 +176,15 @@ def open_source(
         check_indexes(path, shelf.elsewhere)
     if not found and (path / MANIFEST).is_file():
         raise ConvertError(f"{path} is a converted checkpoint already; SOURCE is what was published")
+    pickles = find_pickles(path)
     if not found:
-        raise ConvertError(f"{path} holds no safetensors file; give the folder of the published package")
+        hint = f" (pickles are never opened: {pickles[0].name})" if pickles else ""
+        raise ConvertError(f"{path} holds no safetensors file{hint}; give the folder of the published package")
+    odd = next((file for file in found if not str(file.relative_to(path)).isprintable()), None)
+    if odd is not None:
+        raise ConvertError(f"{str(odd)!a} is no name that can be printed; rename that file")
 
-    ignored: dict[str, str] = {}
+    ignored = {str(file): "a pickle, by its name: it could run any program, so it is never opened" for file in pickles}
     main: list[TensorFile] = []
     named_upscalers: dict[str, UpscalerFile] = {}
     given: dict[str, UpscalerFile] = {}
@@ -176,14 +196,15 @@ def open_source(
         _add_upscaler(given, upscaler)
     for file in found:
         opened = shelf.open(file)
+        if any(_LORA.search(name) for name in opened):
+            loras[file] = opened
+            ignored[str(file)] = "a LoRA: give it to generate.py with --lora"
+            continue
         upscaler = _upscaler(file, opened)
         if upscaler is not None and upscaler.component in given:
             ignored[str(file)] = f"--upscaler gives another {upscaler.component}"
         elif upscaler is not None:
             _add_upscaler(named_upscalers, upscaler)
-        elif any(_LORA.search(name) for name in opened):
-            loras[file] = opened
-            ignored[str(file)] = "a LoRA: give it to generate.py with --lora"
         else:
             main.append(opened)
     if loras and not main and not named_upscalers:
@@ -193,7 +214,7 @@ def open_source(
         gemma = text_folders[0]
     elif gemma is None and text_folders:
         ignored |= {str(folder): "one of several text encoders: choose with --gemma" for folder in text_folders}
-    metadata, version = _metadata(main)
+    metadata, config_file, version = _metadata(main)
     tensors, doubled = _merge(main)
     all_upscalers = named_upscalers | given
     return Source(
@@ -212,6 +233,7 @@ def open_source(
         loras=loras,
         remote=any(file.path in shelf.elsewhere for file in main),
         ignored=ignored,
+        config_file=config_file,
     )
 
 
@@ -240,47 +262,58 @@ def _merge(files: list[TensorFile]) -> tuple[dict[str, LazyTensor], list[str]]:
     return tensors, twice
 
 
-def _metadata(files: list[TensorFile]) -> tuple[dict[str, Any] | None, str | None]:
-    """The published configuration and version, from whichever file has them."""
-    configs = {file.metadata["config"]: file.path for file in files if "config" in file.metadata}
+def _metadata(files: list[TensorFile]) -> tuple[dict[str, Any] | None, Path | None, str | None]:
+    """The published configuration, the file that has it, and the version, from whichever file has one."""
+    configs = {file.metadata["config"]: file for file in files if "config" in file.metadata}
     if len(configs) > 1:
-        raise ConvertError(f"the files disagree on their configuration: {', '.join(map(str, configs.values()))}")
-    version = next((file.metadata["model_version"] for file in files if "model_version" in file.metadata), None)
-    for text, path in configs.items():
-        try:
-            config = json.loads(text)
-        except ValueError as error:
-            raise ConvertError(f"the config in the metadata of {path} is not JSON: {error}") from error
-        if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in _SECTIONS):
-            raise ConvertError(f"the config in the metadata of {path} is not a JSON object of sections")
-        return config, version
-    return None, version
+        paths = ", ".join(str(file.path) for file in configs.values())
+        raise ConvertError(f"the files disagree on their configuration: {paths}")
+    version = None
+    for file in files:
+        version = version or file.metadata.get("model_version")
+        if version and not version.isprintable():
+            raise ConvertError(f"{file.path}: the model_version in its metadata is {version[:40]!a}; expected a number")
+    for file in configs.values():
+        config = _config(file)
+        if not all(isinstance(config.get(name, {}), dict) for name in _SECTIONS):
+            raise ConvertError(f"the config in the metadata of {file.path} is not a JSON object of sections")
+        return config, file.path, version
+    return None, None, version
+
+
+def _config(file: TensorFile) -> dict[str, Any]:
+    """The `config` in a file's metadata."""
+    config = parse_json(file.metadata["config"], where=f"{file.path}: the config in its metadata")
+    if not isinstance(config, dict):
+        raise ConvertError(f"the config in the metadata of {file.path} is not a JSON object of sections")
+    return config
 
 
 def _upscaler(path: Path, file: TensorFile) -> UpscalerFile | None:
     """The file as an upscaler, by its metadata or, where that is lost, by its tensors."""
-    config: dict[str, Any] | None = None
     if "config" in file.metadata:
-        try:
-            config = json.loads(file.metadata["config"])
-        except ValueError:
-            return None
-        if not isinstance(config, dict) or config.get("_class_name") != "LatentUpsampler":
+        config = _config(file)
+        if config.get("_class_name") != "LatentUpsampler":
             return None
     elif {"initial_conv.weight", "final_conv.weight"} <= set(file):
         config = _upscaler_config(path, file)
-    if config is None:
+    else:
         return None
-    component = upscaler_component(UpscalerConfig.from_metadata(config))
+    with naming(path):
+        component = upscaler_component(UpscalerConfig.from_metadata(config))
     return UpscalerFile(path=path, component=component, metadata=config, tensors=file)
 
 
 def _upscaler_config(path: Path, file: TensorFile) -> dict[str, Any]:
     """An upscaler's configuration from the shapes of its tensors."""
-    mid, channels = file["initial_conv.weight"].shape[:2]
-    blocks = 1 + max(int(name.split(".")[1]) for name in file if name.startswith("res_blocks."))
-    rational = "upsampler.conv.weight" in file
-    conv = file["upsampler.conv.weight" if rational else "upsampler.0.weight"]
+    first, rational = file["initial_conv.weight"], "upsampler.conv.weight" in file
+    conv = file.get("upsampler.conv.weight" if rational else "upsampler.0.weight")
+    numbers = [int(found[1]) for name in file if (found := re.match(r"res_blocks\.(\d{1,3})\.", name))]
+    if len(first.shape) < 2 or conv is None or not numbers:
+        raise ConvertError(
+            f"{path} has lost its metadata, and its tensors are not those of a latent upscaler; download it again"
+        )
+    (mid, channels), blocks = first.shape[:2], 1 + max(numbers)
     temporal = len(conv.shape) == 5
     config = {
         "_class_name": "LatentUpsampler",
@@ -292,7 +325,7 @@ def _upscaler_config(path: Path, file: TensorFile) -> dict[str, Any]:
         "temporal_upsample": temporal,
     }
     if rational:
-        if conv.shape[0] != 9 * mid:
+        if conv.shape[:1] != (9 * mid,):
             raise ConvertError(
                 f"{path} has lost its metadata, and its resampler is not the x1.5 one; download it again"
             )
@@ -309,15 +342,14 @@ def open_gemma(folder: Path, shelf: Shelf | None = None) -> GemmaFolder:
     if lacking:
         raise ConvertError(f"{folder} has no {' and no '.join(lacking)}; --gemma wants Gemma 3 as published, with both")
     check_indexes(folder, shelf.elsewhere)
-    try:
-        metadata = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConvertError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(metadata, dict):
-        raise ConvertError(f"{folder / 'config.json'} is not a JSON object; --gemma wants Gemma 3 as published")
+    metadata = read_json(folder / "config.json")
+    with naming(folder / "config.json"):
+        GemmaConfig.from_metadata(metadata)
     files = [file for file in shelf.below(folder, "*.safetensors") if file.parent == folder]
     if not files:
-        raise ConvertError(f"{folder} holds no safetensors file; download the weights of Gemma 3 too")
+        pickles = [path.name for path in find_pickles(folder)]
+        hint = f" (pickles are never opened: {pickles[0]})" if pickles else ""
+        raise ConvertError(f"{folder} holds no safetensors file{hint}; download the weights of Gemma 3 too")
     tensors, twice = _merge([shelf.open(path) for path in files])
     if twice:
         raise ConvertError(f"{len(twice)} tensors of {folder} are there twice, such as {twice[0]}; download it again")

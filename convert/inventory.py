@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from convert.base import Wanted, check_configs, fill, refuse_packed
-from convert.files import ConvertError, Source
+from convert.files import ConvertError, Source, naming
 from convert.mapping import Plan, flatten, plan, source_name
 from convert.tables import MAIN, SKIP, component_of, table_of
 from hlwq_jax import LazyTensor, Package, Recipe, StoredWeight, read_package
@@ -48,7 +48,10 @@ class Expected:
         self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # component -> our parameters
         self.targets: dict[str, Target] = {}  # of the main file
         for component in configs.components:
-            self.shapes[component], linears = _trace(component, configs.of(component))
+            try:
+                self.shapes[component], linears = _trace(component, configs.of(component))
+            except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+                raise ConfigError(f"the {component} configuration makes no model: {error}") from error
             if component in MAIN:
                 self.targets |= self._targets(component, linears)
 
@@ -154,22 +157,21 @@ def take_inventory(source: Source, base: Source | None = None) -> Inventory:
     else:
         metadata, origin = LTX_2_3, "built-in LTX-2.3 (the files have lost their configuration)"
     metadata = _with_registers(metadata, lenders)
-    try:
+    with naming(source.config_file or source.path):
         configs = Configs.from_metadata(
             metadata,
             None if source.gemma is None else source.gemma.metadata,
             {name: upscaler.metadata for name, upscaler in source.upscalers.items()},
             num_hidden_states=num_hidden_states,
         )
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ConvertError(
-            f"the configuration of {source.path} is not that of LTX-2.3: {type(error).__name__}: {error}"
-        ) from error
-    expected = Expected(configs)
+    with naming(source.path):
+        expected = Expected(configs)
     if source.metadata is None:
         _refuse_misfits(source, expected)
     if base is not None and base.metadata is not None:
-        theirs = Configs.from_metadata(_with_registers(base.metadata, lenders), num_hidden_states=num_hidden_states)
+        with naming(base.config_file or base.path):
+            settings = _with_registers(base.metadata, lenders)
+            theirs = Configs.from_metadata(settings, num_hidden_states=num_hidden_states)
         check_configs(configs, theirs, base.path)
     _check_text_encoder(configs, num_hidden_states)
     _check_upscalers(configs)
@@ -265,8 +267,10 @@ def _num_hidden_states(sources: Sequence[Source]) -> int:
     projection = _find(sources, "text_embedding_projection.video_aggregate_embed.weight")
     metadata = next((source.metadata for source in sources if source.metadata is not None), LTX_2_3)
     caption = metadata.get("transformer", {}).get("caption_channels")
-    if projection is not None and len(projection.shape) == 2 and caption and projection.shape[1] % caption == 0:
-        return projection.shape[1] // caption
+    if projection is not None and len(projection.shape) == 2 and type(caption) is int and caption > 0:
+        states, rest = divmod(projection.shape[1], caption)
+        if states and not rest:
+            return states
     gemma = sources[0].gemma
     if gemma is not None:
         text = gemma.metadata.get("text_config", gemma.metadata)
@@ -277,7 +281,7 @@ def _num_hidden_states(sources: Sequence[Source]) -> int:
 def _with_registers(metadata: dict[str, Any], sources: Iterable[Source]) -> dict[str, Any]:
     """The metadata with the number of registers that the tensors have: not every file says it, none is believed."""
     registers = _find(sources, PREFIX + "video_embeddings_connector.learnable_registers")
-    if registers is None or "transformer" not in metadata:
+    if registers is None or len(registers.shape) != 2 or "transformer" not in metadata:
         return metadata
     transformer = metadata["transformer"] | {"connector_num_learnable_registers": registers.shape[0]}
     return metadata | {"transformer": transformer}

@@ -95,7 +95,7 @@ def convert(
             lines.append(f"starts over    an unfinished conversion was of other {', '.join(different)}")
         elif work.journal.parts:
             lines.append(f"goes on        {len(work.journal.parts)} of {len(conversion.parts)} parts are written")
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
         try:
             with (
                 progress_bar("convert", conversion.total_bytes, shown=progress) as advance,

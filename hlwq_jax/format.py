@@ -95,7 +95,7 @@ def _dot_layout(groups: Mapping[tuple[str, str], Mapping[str, LazyTensor]]) -> s
 
 def _parts(stem: str, group: Mapping[str, LazyTensor], dot_layout: str) -> Parts:
     found = [suffix for suffix in _CODES if suffix in group]
-    have = ", ".join(sorted(tensor.name for tensor in group.values()))
+    have = ", ".join(sorted(tensor.where for tensor in group.values()))
     if not found:
         raise FormatError(f"{stem}: its codes are missing, there is only {have}")
     if len(found) > 1:

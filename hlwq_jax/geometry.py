@@ -16,7 +16,8 @@ from hlwq_jax.tensors import FormatError, LazyTensor
 
 BitOrder = Literal["msb", "lsb"]
 
-_MAX_BLOCK = 2**16
+_MAX_BLOCK = 2**12  # the rotation of such a block is a matrix of 64 MiB
+_MAX_LEVEL = 64.0  # sqrt(_MAX_BLOCK): values of a block whose mean square is 1 are no larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +30,26 @@ class Sidecar:
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by mangled name without `.weight`
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any] | None) -> "Sidecar":
+    def parse(cls, content: Mapping[str, Any] | None, *, where: str = "sidecar") -> "Sidecar":
+        """Raises `FormatError`, which begins with `where`, for settings that no weight can have."""
         content = content or {}
         layers = content.get("layers", {})
         if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
-            raise FormatError("sidecar: layers must map names to settings")
+            raise FormatError(f"{where}: layers must map names to settings")
         table = content.get("table")
         if table is not None and table not in get_args(TableName):
-            raise FormatError(f"sidecar: table must be one of {', '.join(get_args(TableName))}, got {table!r}")
+            raise FormatError(f"{where}: table must be one of {', '.join(get_args(TableName))}, got {table!a}")
+        for name, settings in [("", content), *layers.items()]:
+            for key in _SETTINGS:
+                _check_setting(settings.get(key), key, where=f"{where}: {name}: " if name else f"{where}: ")
+        by_name = {_layer_key(name): layer for name, layer in layers.items()}
+        if len(by_name) < len(layers):
+            raise FormatError(f"{where}: layers has two spellings of one name; keep one")
         return cls(
-            bits=_setting(content, "bits", where="sidecar"),
-            block_size=_setting(content, "block_size", where="sidecar"),
+            bits=content.get("bits"),
+            block_size=content.get("block_size"),
             table=table,
-            layers={_layer_key(name): layer for name, layer in layers.items()},
+            layers=by_name,
         )
 
     def layer(self, stem: str) -> Mapping[str, Any]:
@@ -52,11 +60,20 @@ def _layer_key(name: str) -> str:
     return mangle(name).removesuffix("__weight")
 
 
-def _setting(content: Mapping[str, Any], key: str, *, where: str) -> int | None:
-    value = content.get(key)
+_SETTINGS = ("bits", "block_size", "in_features", "out_features")
+
+
+def _check_setting(value: Any, key: str, *, where: str) -> None:
     if value is not None and (type(value) is not int or value < 1):
-        raise FormatError(f"{where}: {key} must be a positive whole number, got {value!r}")
-    return value
+        raise FormatError(f"{where}{key} must be a positive whole number, got {value!a}")
+    if value is not None and key == "bits" and value > 8:
+        raise FormatError(f"{where}bits must be 1 to 8, got {value}")
+    if value is not None and key == "block_size" and not _is_block_size(value):
+        raise FormatError(f"{where}the block size must be a power of two up to {_MAX_BLOCK}, got {value}")
+
+
+def _is_block_size(value: int) -> bool:
+    return 1 <= value <= _MAX_BLOCK and not value & (value - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +126,10 @@ def describe(
     if meta.entries == 2:
         warn(f"{name}: meta has 2 entries, read as [bits, padded inputs]; no package with that layout is known")
     if model_shape is not None and len(model_shape) != 2:
-        raise FormatError(f"{name}: quantized weights have 2 axes, the model's parameter has shape {list(model_shape)}")
+        raise FormatError(
+            f"{name}: quantized weights have 2 axes, the model's parameter has shape {list(model_shape)} "
+            f"({parts.codes.where})"
+        )
     block_size, assumed = _block_size(parts, meta, layer, sidecar)
     num_levels = _table_size(parts)
     flat = parts.layout == "V7"
@@ -127,7 +147,8 @@ def describe(
         )
     if meta.padded is not None and meta.padded != num_blocks * block_size:
         raise FormatError(
-            f"{name}: meta promises {meta.padded} padded inputs, its blocks make {num_blocks * block_size}"
+            f"{name}: meta promises {meta.padded} padded inputs, its blocks make {num_blocks * block_size} "
+            f"({parts.norms.where})"
         )
     out, in_features = _features(parts, name, meta, layer, model_shape, out, num_blocks * block_size, block_size, flat)
     if flat and out is not None and in_features is not None and in_features % block_size == 0:
@@ -151,7 +172,7 @@ def describe(
         nbytes=sum(t.nbytes for t in (parts.codes, parts.norms, parts.meta, parts.shape, parts.table) if t is not None),
     )
     claimed = num_levels.bit_length() - 1 if num_levels else meta.bits
-    hinted = _setting(layer, "bits", where=f"sidecar: {name}") or (sidecar.bits if parts.layout == "V4" else None)
+    hinted = layer.get("bits") or (sidecar.bits if parts.layout == "V4" else None)
     weight = _packing(weight, meta, claimed=claimed, hinted=hinted, order=bit_order, alike=alike)
     if hinted is not None and hinted != weight.bits:
         warn(f"{name}: the sidecar says {hinted} bits, the tensors hold {weight.bits}")
@@ -163,10 +184,13 @@ def describe(
 
 def _block_size(parts: Parts, meta: _Meta, layer: Mapping[str, Any], sidecar: Sidecar) -> tuple[int, bool]:
     """The block size and whether it is only the usual one, said nowhere."""
-    said = meta.block_size or _setting(layer, "block_size", where=f"sidecar: {parts.stem}") or sidecar.block_size
+    said = meta.block_size or layer.get("block_size") or sidecar.block_size
     block_size = said or 128
-    if block_size & (block_size - 1) or block_size > _MAX_BLOCK:
-        raise FormatError(f"{parts.stem}: the block size must be a power of two up to {_MAX_BLOCK}, got {block_size}")
+    if not _is_block_size(block_size):
+        raise FormatError(
+            f"{parts.stem}: the block size must be a power of two up to {_MAX_BLOCK}, got {block_size} "
+            f"({(parts.meta or parts.norms).where})"
+        )
     return block_size, said is None
 
 
@@ -202,7 +226,10 @@ def _rows(parts: Parts, name: str, meta: _Meta, model_shape: tuple[int, ...] | N
     if len(parts.codes.shape) == 2 and parts.codes.shape[0] != out:
         raise FormatError(f"{name}: codes have {parts.codes.shape[0]} rows ({parts.codes.where}), norms have {out}")
     if out * num_blocks != parts.norms.size or not parts.norms.size:
-        raise FormatError(f"{name}: {out} rows of {num_blocks} blocks need as many norms, got {parts.norms.size}")
+        raise FormatError(
+            f"{name}: {out} rows of {num_blocks} blocks need as many norms, got {parts.norms.size} "
+            f"({parts.norms.where})"
+        )
     return out, num_blocks
 
 
@@ -249,33 +276,33 @@ def _features(
             raise FormatError(f"{parts.shape.where}: expected [out, in], got {list(parts.shape.shape)} entries")
         rows, columns = (int(v) for v in parts.shape.read())
         stated.append(("its shape tensor", rows, columns))
-    where = f"sidecar: {name}"
-    rows, columns = (_setting(layer, key, where=where) for key in ("out_features", "in_features"))
-    stated.append(("sidecar", rows, columns))
+    stated.append(("sidecar", layer.get("out_features"), layer.get("in_features")))
     if model_shape is not None:
         stated.append(("the model", model_shape[0], model_shape[1]))
-    rows = _agreed(name, "rows", [(who, rows) for who, rows, _ in stated])
-    columns = _agreed(name, "inputs", [(who, columns) for who, _, columns in stated])
+    where = parts.norms.where
+    rows = _agreed(name, "rows", [(who, rows) for who, rows, _ in stated], where)
+    columns = _agreed(name, "inputs", [(who, columns) for who, _, columns in stated], where)
     if flat:
         if rows is None or columns is None:
             return rows, columns
         if not padded - block_size < rows * columns <= padded:
             raise FormatError(
                 f"{name}: {rows} x {columns} values need {-(-rows * columns // block_size)} blocks of {block_size}, "
-                f"got {padded // block_size}"
+                f"got {padded // block_size} ({where})"
             )
     elif columns is not None and not padded - block_size < columns <= padded:
         raise FormatError(
             f"{name}: {padded // block_size} blocks of {block_size} hold {padded - block_size + 1} to {padded} inputs, "
-            f"got {columns}"
+            f"got {columns} ({where})"
         )
     return rows, columns
 
 
-def _agreed(name: str, what: str, stated: list[tuple[str, int | None]]) -> int | None:
+def _agreed(name: str, what: str, stated: list[tuple[str, int | None]], where: str) -> int | None:
     known = [(who, value) for who, value in stated if value is not None]
     if len({value for _, value in known}) > 1:
-        raise FormatError(f"{name}: {what} disagree: {', '.join(f'{who}: {value}' for who, value in known)}")
+        told = ", ".join(f"{who}: {value}" for who, value in known)
+        raise FormatError(f"{name}: {what} disagree: {told} ({where})")
     return known[0][1] if known else None
 
 
@@ -330,7 +357,7 @@ def _fitting(weight: StoredWeight, meta: _Meta, order: BitOrder | None) -> Itera
         if tensor.size == packed_length(total, bits=1, packing="L"):
             yield "L", 1
         return
-    if 2 * tensor.size == total:
+    if 2 * tensor.size == total and weight.block_size % 2 == 0:
         for bits in (4, 3, 2):
             yield "H", bits
     elif 8 * tensor.size == 5 * total:
@@ -370,6 +397,8 @@ def _with_stored_table(weight: StoredWeight, tensor: LazyTensor, *, scaled: bool
     levels = tensor.read()
     if not np.isfinite(levels).all() or (np.diff(levels) <= 0).any():
         raise FormatError(f"{tensor.where}: expected finite levels in ascending order")
+    if np.abs(levels).max() > _MAX_LEVEL:
+        raise FormatError(f"{tensor.where}: expected levels up to ±{_MAX_LEVEL:g}, got {np.abs(levels).max():g}")
     stored_scaled = levels.astype(np.float32) if scaled else None
     if scaled:
         levels = (levels.astype(np.float64) * weight.block_size**0.5).astype(np.float32)

@@ -5,7 +5,6 @@ Nothing is decoded on a guess: widths, packing and table come from shapes, store
 and a weight that contradicts them raises `FormatError` with its name and the evidence.
 """
 
-import json
 from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from hlwq_jax.format import Parts, gather
 from hlwq_jax.geometry import BitOrder, Sidecar, describe
 from hlwq_jax.names import PREFIXES, resolve_stems
 from hlwq_jax.stored import StoredWeight
-from hlwq_jax.tensors import FormatError, LazyTensor, TensorFile
+from hlwq_jax.tensors import PICKLES, FormatError, LazyTensor, TensorFile, read_json
 
 SIDECARS = ("polar_config.json", "hlwq_config.json")
 
@@ -67,8 +66,8 @@ def find_tensors(folder: Path | str) -> tuple[dict[str, LazyTensor], tuple[str, 
     check_indexes(folder)
     paths = sorted(folder.rglob("*.safetensors"))
     if not paths:
-        others = sorted(path.name for path in folder.rglob("*.pt"))[:3]
-        hint = f"; {', '.join(others)} are torch pickles (torchao?), not HLWQ" if others else ""
+        others = [path.name for path in find_pickles(folder)][:3]
+        hint = f"; {', '.join(others)} are torch pickles (torchao?), not HLWQ, and not opened" if others else ""
         raise FormatError(f"{folder}: no .safetensors files in it or below it{hint}")
     owners: dict[str, list[LazyTensor]] = {}
     for path in paths:
@@ -90,38 +89,49 @@ def find_tensors(folder: Path | str) -> tuple[dict[str, LazyTensor], tuple[str, 
     return {name: where[0] for name, where in owners.items() if len(where) == 1}, warnings
 
 
+def find_pickles(folder: Path) -> list[Path]:
+    """Files in or below a folder that are pickles by their names: they can run any program, so none is ever opened."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in PICKLES and path.is_file())
+
+
 def check_indexes(folder: Path, elsewhere: Container[Path] = ()) -> None:
     """Raises `FormatError` for shards that an index in or below a folder lists and that are neither there nor among
     those `elsewhere`."""
     for path in sorted(folder.rglob("*.safetensors.index.json")):
-        weight_map = _read_json(path).get("weight_map")
+        weight_map = read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise FormatError(f"{path}: expected a weight_map from tensor to file")
-        shards = sorted({str(name) for name in weight_map.values()})
+        for tensor, shard in weight_map.items():
+            if not isinstance(shard, str) or not _stays_below(shard):
+                raise FormatError(f"{path}: {tensor!a} is said to be in {shard!a}; expected a file below the index")
         missing = [
-            name for name in shards if not (path.parent / name).is_file() and path.parent / name not in elsewhere
+            name
+            for name in sorted(set(weight_map.values()))
+            if not (path.parent / name).is_file() and path.parent / name not in elsewhere
         ]
         if missing:
-            raise FormatError(f"{path} lists {', '.join(missing)}, which is not there: download what is missing")
+            listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise FormatError(f"{path} lists {listed}, which is not there: download what is missing")
+
+
+def _stays_below(name: str) -> bool:
+    """Whether a name is that of a file in a folder or below it, on every system."""
+    parts = name.split("/")
+    return name.isprintable() and not {"", ".", ".."} & set(parts) and not set(name) & set("\\:") and len(name) < 1000
 
 
 def find_sidecar(folder: Path | str) -> dict[str, Any] | None:
-    """The parsed `polar_config.json` or `hlwq_config.json` of a folder, or below it; None without one."""
+    """The parsed `polar_config.json` or `hlwq_config.json` of a folder, or below it; None without one.
+
+    Raises `FormatError`, with its path, for one that says what cannot be.
+    """
     for name in SIDECARS:
         paths = sorted(Path(folder).rglob(name), key=lambda path: (len(path.parts), path))
         if paths:
-            return _read_json(paths[0])
+            content = read_json(paths[0])
+            Sidecar.parse(content, where=str(paths[0]))
+            return content
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def read_package(
@@ -148,7 +158,11 @@ def read_package(
     names = {part.stem: part.stem for part in parts}
     unknown: tuple[str, ...] = ()
     if model_shapes is not None:
-        resolved = resolve_stems(names, model_shapes)
+        try:
+            resolved = resolve_stems(names, model_shapes)
+        except FormatError as error:
+            files = sorted({str(part.codes.path) for part in parts})
+            raise FormatError(f"{error} ({', '.join(files)})") from error
         names, unknown = dict(resolved.names), resolved.unknown
     warnings: list[str] = []
     weights = []

@@ -56,7 +56,7 @@ class StoredWeight:
         return self._read_blocks(0, self.norm_tensor.size).reshape(self.norm_tensor.size // self.num_blocks, -1)
 
     def norms(self) -> Float16[np.ndarray, "out blocks"]:
-        """All block norms. Raises where one is not finite."""
+        """All block norms. Raises where one is negative or not finite."""
         self._need_rows()
         return self._read_norms().reshape(-1, self.num_blocks)
 
@@ -125,7 +125,7 @@ class StoredWeight:
         return blocks.reshape(-1)[: self.out_features * in_features].reshape(self.out_features, in_features)
 
     def check(self) -> Measurement:
-        """Reads the whole weight and raises `FormatError` for codes without a level, norms that are not finite, and
+        """Reads the whole weight and raises `FormatError` for codes without a level, norms that are none, and
         blocks with an energy that no packer can have written; returns the measured energy."""
         return self._checked()[2]
 
@@ -209,11 +209,12 @@ class StoredWeight:
 
     def _read_norms(self) -> np.ndarray:
         norms = self.norm_tensor.read_flat(0, self.norm_tensor.size)
-        finite = np.isfinite(norms)
-        if not finite.all():
+        lengths = np.isfinite(norms) & (norms >= 0)
+        if not lengths.all():
+            first = int(np.argmin(lengths))
             raise FormatError(
-                f"{self.name}: norm {int(np.argmin(finite))} of {norms.size} is {norms[np.argmin(finite)]}, expected a "
-                f"finite number: damaged data ({self.norm_tensor.where})"
+                f"{self.name}: norm {first} of {norms.size} is {norms[first]}, expected a finite number of 0 or more: "
+                f"damaged data ({self.norm_tensor.where})"
             )
         return norms
 

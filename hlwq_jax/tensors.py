@@ -34,7 +34,11 @@ _DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "C64": np.dtype("<c8"),
 }
-_MAX_HEADER = 100_000_000  # as in the safetensors library
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_MAX_HEADER = 100_000_000  # as in the safetensors library; a JSON file may not be larger either
+_MAX_NAME = 1000
+_MAX_DEPTH = 32  # of nested JSON: a header has 3, a configuration 8
+_MAX_DIGITS = 40  # of a whole number in JSON: some tokenizers say 10**30 for "no limit"
 
 
 class FormatError(ValueError):
@@ -148,6 +152,11 @@ class TensorFile(Mapping[str, LazyTensor]):
 
     def __init__(self, path: Path | str, source: ByteSource | None = None):
         self.path = Path(path)
+        if self.path.suffix in PICKLES:
+            raise FormatError(
+                f"{self.path}: a pickle, by its name: it could run any program, so it is never opened; expected "
+                "safetensors"
+            )
         self._source = source
         header, data_start, self.file_size = _read_header(self.path, source or _LocalBytes(self.path))
         metadata = header.pop("__metadata__", {})
@@ -189,55 +198,104 @@ class _LocalBytes(ByteSource):
             return file.read(stop - start)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `FormatError`, with its name, for anything else, and as `parse_json` does."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
+    size = path.stat().st_size
+    if size > _MAX_HEADER:
+        raise FormatError(f"{path}: expected a JSON file of up to {_MAX_HEADER} bytes, got {size}")
+    raw = path.read_bytes()
+    refuse_pages(path, raw[:256])
+    content = parse_json(raw, where=str(path))
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: expected a JSON object, got {_short(content)}")
+    return content
+
+
+def parse_json(text: bytes | str, *, where: str) -> Any:
+    """JSON by the letter: names that are there twice, NaN and Infinity are refused, which `json` would let pass.
+
+    So are numbers and nesting out of all proportion. Raises `FormatError`, which begins with `where`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise FormatError(f"{where}: names {_short(name)} twice")
+            result[name] = value
+        return result
+
+    def integer(digits: str) -> int:
+        if len(digits) > _MAX_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits")
+        return int(digits)
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        content = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_constant=constant)
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON: {error}") from error
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise FormatError(f"{where}: expected JSON of up to {_MAX_DEPTH} levels, got more")
+        inner = (value.values() if isinstance(value, dict) else value for value in level if type(value) in (dict, list))
+        level = [value for values in inner for value in values]
+    return content
+
+
 def _read_header(path: Path, source: ByteSource) -> tuple[dict[str, Any], int, int]:
     """The parsed header, where the data starts, and the file's size."""
     file_size = source.size
     start = source.read(0, min(file_size, 256))
-    refuse_foreign(path, start)
-    if file_size < 10:
-        raise FormatError(f"{path}: expected a safetensors file, got {file_size} bytes: download it again")
+    if start[8:9] != b"{":  # as every header begins; the 8 bytes before it may be any
+        refuse_foreign(path, start)
+        if file_size < 10:
+            raise FormatError(f"{path}: expected a safetensors file, got {file_size} bytes: download it again")
     length = int.from_bytes(start[:8], "little")
     if length > min(_MAX_HEADER, file_size - 8):
         raise FormatError(
             f"{path}: not a safetensors file, or cut off: its first 8 bytes promise a header of {length} bytes, "
             f"but the file has {file_size} bytes: download it again"
         )
-    raw = source.read(8, 8 + length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except FormatError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: the header is not valid JSON: {error}") from error
+    header = parse_json(source.read(8, 8 + length), where=f"{path}: the header")
     if not isinstance(header, dict):
         raise FormatError(f"{path}: the header must be a JSON object, got {_short(header)}")
     return header, 8 + length, file_size
 
 
 def refuse_foreign(path: Path | str, start: bytes) -> None:
-    """Raises `FormatError` for a file that begins like one of the things often found under a model file's name."""
+    """Says what a file is, where it is one of the things that are often found under a model file's name."""
+    refuse_pages(path, start)
+    if start.startswith(b"GGUF"):
+        raise FormatError(f"{path}: this is a GGUF file; expected safetensors")
+    if start.startswith((b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))):
+        raise FormatError(
+            f"{path}: this is a zip or pickle file (torch .pt?), which is never read; expected safetensors"
+        )
+
+
+def refuse_pages(path: Path | str, start: bytes) -> None:
+    """Refuses what servers and git leave in place of a file."""
     if start.startswith(b"version https://git-lfs"):
         raise FormatError(f"{path}: this is a Git LFS pointer, not the file: run `git lfs pull`, or download it again")
     if start.lstrip()[:1] == b"<":
         raise FormatError(
             f"{path}: this is an HTML or XML page, not a model file: download it again (signed in, if needed)"
         )
-    if start.startswith(b"GGUF"):
-        raise FormatError(f"{path}: this is a GGUF file; expected safetensors")
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
-        raise FormatError(f"{path}: this is a zip or pickle file (torch .pt?); expected safetensors")
-
-
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FormatError(f"{path}: the header names {twice!r} twice")
-    return result
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+        raise FormatError(f"{path}: {_short(name)}: expected a name of 1 to {_MAX_NAME} printable characters")
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{path}: {name}: expected dtype, shape and data_offsets, got {_short(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -282,5 +340,5 @@ def _check_layout(path: Path, tensors: dict[str, TensorInfo], data_start: int, f
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -113,7 +113,7 @@ class Manifest:
             )
         try:
             content = json.loads(path.read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not JSON ({error}); convert again") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not the manifest of an {FORMAT}; convert the published files first")
@@ -121,14 +121,15 @@ class Manifest:
             raise CheckpointError(
                 f"{path} has version {content.get('version')}, this program reads {VERSION}; convert again"
             )
-        quantized = {
-            component: {name: QuantizedShape(**shape) for name, shape in layers.items()}
-            for component, layers in content["quantized"].items()
-        }
-        names = cls.__dataclass_fields__
-        values: dict[str, Any] = {k: v for k, v in content.items() if k in names}
-        values["quantized"] = quantized
-        return cls(**values)
+        values: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        try:
+            values["quantized"] = {
+                component: {name: QuantizedShape(**shape) for name, shape in layers.items()}
+                for component, layers in content["quantized"].items()
+            }
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); convert again") from error
 
 
 @dataclass(frozen=True, kw_only=True)

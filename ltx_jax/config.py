@@ -6,32 +6,29 @@ The released file carries its configuration as JSON in the safetensors metadata 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from ltx_jax.config_audio import AudioVAEConfig, GeneratorConfig, VocoderConfig
+from ltx_jax.config_values import ConfigError, filled, need, need_object, refuse_unless
 
-class ConfigError(ValueError):
-    """A checkpoint asks for a model that this library does not implement, or does not say what it needs."""
+__all__ = [
+    "AudioVAEConfig",
+    "ConfigError",
+    "ConnectorConfig",
+    "GemmaConfig",
+    "GeneratorConfig",
+    "StreamConfig",
+    "TextConnectorsConfig",
+    "TransformerConfig",
+    "UpscalerConfig",
+    "VAEBlock",
+    "VideoVAEConfig",
+    "VocoderConfig",
+]
 
-
-def _refuse_unless(section: str, metadata: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Raises ConfigError that lists every setting present in `metadata` with a value other than the supported one."""
-    wrong = [
-        f"{key} = {metadata[key]!r} (implemented: {value!r})"
-        for key, value in supported.items()
-        if key in metadata and metadata[key] != value
-    ]
-    if wrong:
-        raise ConfigError(f"the {section} configuration is not LTX-2.3: " + "; ".join(wrong))
-
-
-def _need(section: str, metadata: Mapping[str, Any], *keys: str) -> list[Any]:
-    missing = [key for key in keys if key not in metadata]
-    if missing:
-        raise ConfigError(f"the {section} configuration lacks {', '.join(missing)}")
-    return [metadata[key] for key in keys]
-
+_MAX_VAE_LAYERS = 512  # LTX-2.3 has 46
 
 # Switches that change the network. Only the LTX-2.3 side of each is implemented.
 _TRANSFORMER_SUPPORTED = {
@@ -101,8 +98,8 @@ class TransformerConfig:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "TransformerConfig":
         """Reads the section `transformer`. Raises ConfigError on what is missing or not implemented."""
-        _refuse_unless("transformer", metadata, _TRANSFORMER_SUPPORTED)
-        layers, heads, head_dim, channels, context_dim = _need(
+        refuse_unless("transformer", metadata, _TRANSFORMER_SUPPORTED)
+        layers, heads, head_dim, channels, context_dim = need(
             "transformer",
             metadata,
             "num_layers",
@@ -111,7 +108,7 @@ class TransformerConfig:
             "in_channels",
             "cross_attention_dim",
         )
-        audio_heads, audio_head_dim, audio_out, audio_context_dim = _need(
+        audio_heads, audio_head_dim, audio_out, audio_context_dim = need(
             "transformer",
             metadata,
             "audio_num_attention_heads",
@@ -119,28 +116,34 @@ class TransformerConfig:
             "audio_out_channels",
             "audio_cross_attention_dim",
         )
-        return cls(
+        return filled(
+            "transformer",
+            cls,
             num_layers=layers,
-            video=StreamConfig(
+            video=filled(
+                "transformer",
+                StreamConfig,
                 in_channels=channels,
                 out_channels=metadata.get("out_channels", channels),
                 num_heads=heads,
                 head_dim=head_dim,
                 context_dim=context_dim,
-                max_pos=tuple(map(float, metadata.get("positional_embedding_max_pos", (20, 2048, 2048)))),
+                max_pos=metadata.get("positional_embedding_max_pos", (20, 2048, 2048)),
             ),
-            audio=StreamConfig(
+            audio=filled(
+                "transformer",
+                StreamConfig,
                 in_channels=metadata.get("audio_in_channels", audio_out),
                 out_channels=audio_out,
                 num_heads=audio_heads,
                 head_dim=audio_head_dim,
                 context_dim=audio_context_dim,
-                max_pos=tuple(map(float, metadata.get("audio_positional_embedding_max_pos", (20,)))),
+                max_pos=metadata.get("audio_positional_embedding_max_pos", (20,)),
             ),
-            eps=float(metadata.get("norm_eps", 1e-6)),
-            rope_theta=float(metadata.get("positional_embedding_theta", 10000.0)),
-            timestep_scale=float(metadata.get("timestep_scale_multiplier", 1000)),
-            av_gate_timestep_scale=float(metadata.get("av_ca_timestep_scale_multiplier", 1000)),
+            eps=metadata.get("norm_eps", 1e-6),
+            rope_theta=metadata.get("positional_embedding_theta", 10000.0),
+            timestep_scale=metadata.get("timestep_scale_multiplier", 1000),
+            av_gate_timestep_scale=metadata.get("av_ca_timestep_scale_multiplier", 1000),
             gated_attention=metadata.get("apply_gated_attention", False),
         )
 
@@ -175,8 +178,8 @@ class TextConnectorsConfig:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, num_hidden_states: int) -> "TextConnectorsConfig":
         """Reads the section `transformer`; the number of hidden states is a fact of the text encoder (layers + 1)."""
-        _refuse_unless("transformer", metadata, _TRANSFORMER_SUPPORTED)
-        layers, heads, head_dim, audio_heads, audio_head_dim, hidden_dim = _need(
+        refuse_unless("transformer", metadata, _TRANSFORMER_SUPPORTED)
+        layers, heads, head_dim, audio_heads, audio_head_dim, hidden_dim = need(
             "transformer",
             metadata,
             "connector_num_layers",
@@ -186,20 +189,30 @@ class TextConnectorsConfig:
             "audio_connector_attention_head_dim",
             "caption_channels",
         )
+        max_pos = metadata.get("connector_positional_embedding_max_pos", [4096])
+        if not isinstance(max_pos, list | tuple) or not max_pos:
+            raise ConfigError(
+                "the transformer configuration has connector_positional_embedding_max_pos = "
+                f"{max_pos!r:.80}; expected a list of one length"
+            )
 
         def connector(num_heads: int, dim: int) -> ConnectorConfig:
-            return ConnectorConfig(
+            return filled(
+                "connectors",
+                ConnectorConfig,
                 num_layers=layers,
                 num_heads=num_heads,
                 head_dim=dim,
                 num_registers=metadata.get("connector_num_learnable_registers", 128),
-                max_pos=metadata.get("connector_positional_embedding_max_pos", [4096])[0],
-                rope_theta=float(metadata.get("positional_embedding_theta", 10000.0)),
-                eps=float(metadata.get("norm_eps", 1e-6)),
+                max_pos=max_pos[0],
+                rope_theta=metadata.get("positional_embedding_theta", 10000.0),
+                eps=metadata.get("norm_eps", 1e-6),
                 gated_attention=metadata.get("connector_apply_gated_attention", False),
             )
 
-        return cls(
+        return filled(
+            "connectors",
+            cls,
             hidden_dim=hidden_dim,
             num_hidden_states=num_hidden_states,
             video=connector(heads, head_dim),
@@ -230,7 +243,7 @@ class GemmaConfig:
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "GemmaConfig":
         """Reads `config.json` (of the multimodal model, or its `text_config` alone)."""
         text = metadata.get("text_config", metadata)
-        _refuse_unless(
+        refuse_unless(
             "Gemma",
             text,
             {
@@ -240,42 +253,50 @@ class GemmaConfig:
                 "final_logit_softcapping": None,
             },
         )
-        hidden, intermediate, layers = _need("Gemma", text, "hidden_size", "intermediate_size", "num_hidden_layers")
+        hidden, intermediate, layers = need("Gemma", text, "hidden_size", "intermediate_size", "num_hidden_layers")
         # The published config of the 12 B model leaves out what equals the defaults of the library it was written by.
-        heads = text.get("num_attention_heads", 8)
-        pattern = text.get("sliding_window_pattern", 6)
-        types = text.get("layer_types")
-        sliding = (
-            tuple(kind == "sliding_attention" for kind in types)
-            if types
-            else tuple((i + 1) % pattern != 0 for i in range(layers))
-        )
-        if len(sliding) != layers:
-            raise ConfigError(f"the Gemma configuration names {len(sliding)} layer types for {layers} layers")
+        pattern, types = text.get("sliding_window_pattern", 6), text.get("layer_types")
         # Newer files nest the rotary settings per layer type.
-        nested = text.get("rope_parameters") or {}
-        full, local = nested.get("full_attention", {}), nested.get("sliding_attention", {})
-        scaling = text.get("rope_scaling") or full
+        nested = need_object("Gemma rope_parameters", text.get("rope_parameters") or {})
+        full, local = (
+            need_object("Gemma rope_parameters", nested.get(kind, {}))
+            for kind in ("full_attention", "sliding_attention")
+        )
+        scaling = need_object("Gemma rope_scaling", text.get("rope_scaling") or full)
         kind = scaling.get("rope_type", "linear")
         if kind not in ("linear", "default"):
-            raise ConfigError(f"the Gemma configuration has rope_type {kind!r}; implemented: 'linear'")
-        head_dim = text.get("head_dim", 256)
-        return cls(
+            raise ConfigError(f"the Gemma configuration has rope_type {kind!r:.80}; implemented: 'linear'")
+        config = filled(
+            "Gemma",
+            cls,
             vocab_size=text.get("vocab_size", 262208),
             hidden_dim=hidden,
             intermediate_dim=intermediate,
             num_layers=layers,
-            num_heads=heads,
+            num_heads=text.get("num_attention_heads", 8),
             num_kv_heads=text.get("num_key_value_heads", 4),
-            head_dim=head_dim,
-            query_scalar=float(text.get("query_pre_attn_scalar", 256)),
+            head_dim=text.get("head_dim", 256),
+            query_scalar=text.get("query_pre_attn_scalar", 256),
             sliding_window=text.get("sliding_window", 4096),
-            sliding_layers=sliding,
-            rope_theta=float(text.get("rope_theta", full.get("rope_theta", 1_000_000.0))),
-            rope_local_theta=float(text.get("rope_local_base_freq", local.get("rope_theta", 10_000.0))),
-            rope_scale=float(scaling.get("factor", 1.0)),
-            eps=float(text.get("rms_norm_eps", 1e-6)),
+            sliding_layers=(True,),
+            rope_theta=text.get("rope_theta", full.get("rope_theta", 1_000_000.0)),
+            rope_local_theta=text.get("rope_local_base_freq", local.get("rope_theta", 10_000.0)),
+            rope_scale=scaling.get("factor", 1.0),
+            eps=text.get("rms_norm_eps", 1e-6),
         )
+        if types:
+            if not isinstance(types, list | tuple):
+                raise ConfigError(f"the Gemma configuration has layer_types {types!r:.80}; expected a list")
+            if len(types) != config.num_layers:
+                raise ConfigError(f"the Gemma configuration names {len(types)} layer types for {layers} layers")
+            sliding = tuple(kind == "sliding_attention" for kind in types)
+        else:
+            if type(pattern) is not int or pattern < 1:
+                raise ConfigError(
+                    f"the Gemma configuration has sliding_window_pattern {pattern!r:.80}; expected 1 or more"
+                )
+            sliding = tuple((i + 1) % pattern != 0 for i in range(config.num_layers))
+        return replace(config, sliding_layers=sliding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +343,7 @@ class VideoVAEConfig:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "VideoVAEConfig":
         """Reads the section `vae`. Raises ConfigError on what is missing or not implemented."""
-        _refuse_unless(
+        refuse_unless(
             "vae",
             metadata,
             {
@@ -336,25 +357,34 @@ class VideoVAEConfig:
                 "spatial_padding_mode": "zeros",
             },
         )
-        channels, encoder, decoder = _need("vae", metadata, "latent_channels", "encoder_blocks", "decoder_blocks")
+        channels, encoder, decoder = need("vae", metadata, "latent_channels", "encoder_blocks", "decoder_blocks")
 
-        def blocks(entries: list, kinds: set[str]) -> tuple[VAEBlock, ...]:
-            for kind, _ in entries:
-                if kind not in kinds:
-                    raise ConfigError(f"the vae configuration has a block {kind!r}; implemented: {sorted(kinds)}")
-            settings = [(kind, {"num_layers": args} if isinstance(args, int) else args) for kind, args in entries]
-            for kind, args in settings:
-                _refuse_unless(f"vae (block {kind})", args, {"residual": False, "inject_noise": False})
-            return tuple(
-                VAEBlock(
-                    kind=kind,
-                    num_layers=args.get("num_layers", 0),
-                    multiplier=args.get("multiplier", 2 if kind.endswith("_res") else 1),
+        def block(entry: Any, kinds: set[str]) -> VAEBlock:
+            if not isinstance(entry, list | tuple) or len(entry) != 2:
+                raise ConfigError(
+                    f"the vae configuration has a block {entry!r:.80}; expected its kind and its settings"
                 )
-                for kind, args in settings
+            kind, args = entry
+            if kind not in sorted(kinds):
+                raise ConfigError(f"the vae configuration has a block {kind!r:.80}; implemented: {sorted(kinds)}")
+            args = args if isinstance(args, Mapping) else {"num_layers": args}
+            refuse_unless(f"vae (block {kind})", args, {"residual": False, "inject_noise": False})
+            return filled(
+                f"vae (block {kind})",
+                VAEBlock,
+                kind=kind,
+                num_layers=args.get("num_layers", 0),
+                multiplier=args.get("multiplier", 2 if kind.endswith("_res") else 1),
             )
 
-        config = cls(
+        def blocks(entries: Any, kinds: set[str]) -> tuple[VAEBlock, ...]:
+            if not isinstance(entries, list | tuple):
+                raise ConfigError(f"the vae configuration has blocks {entries!r:.80}; expected a list")
+            return tuple(block(entry, kinds) for entry in entries)
+
+        config = filled(
+            "vae",
+            cls,
             pixel_channels=metadata.get("in_channels", 3),
             latent_channels=channels,
             patch_size=metadata.get("patch_size", 4),
@@ -365,178 +395,13 @@ class VideoVAEConfig:
             encoder_base_channels=channels,
             decoder_base_channels=metadata.get("decoder_base_channels", 128),
         )
+        num_layers = sum(block.num_layers for block in config.encoder_blocks + config.decoder_blocks)
+        if num_layers > _MAX_VAE_LAYERS:
+            raise ConfigError(f"the vae configuration has {num_layers} layers; expected up to {_MAX_VAE_LAYERS}")
         if config.scale != config._scale(config.decoder_blocks):
             raise ConfigError(
                 f"the vae configuration has an encoder that shrinks (time, height, width) by {config.scale} and a "
                 f"decoder that grows them by {config._scale(config.decoder_blocks)}; they must agree"
-            )
-        return config
-
-
-@dataclass(frozen=True, kw_only=True)
-class AudioVAEConfig:
-    """The mel-spectrogram autoencoder and its front end (section `audio_vae`)."""
-
-    audio_channels: int  # stereo: 2
-    latent_channels: int
-    base_channels: int
-    channel_multipliers: tuple[int, ...]
-    num_res_blocks: int
-    mel_bins: int
-    sample_rate_hz: int
-    n_fft: int
-    hop_length: int
-    win_length: int
-    mel_fmin_hz: float
-    mel_fmax_hz: float
-
-    @property
-    def scale(self) -> int:
-        """Mel frames per latent frame, and mel bins per latent bin."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    @property
-    def latent_bins(self) -> int:
-        return self.mel_bins // self.scale
-
-    @property
-    def token_dim(self) -> int:
-        """Channels of one audio token: latent channels times latent bins."""
-        return self.latent_channels * self.latent_bins
-
-    @property
-    def latents_per_second(self) -> float:
-        return self.sample_rate_hz / self.hop_length / self.scale
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> "AudioVAEConfig":
-        """Reads the section `audio_vae`. Raises ConfigError on what is missing or not implemented."""
-        (model,) = _need("audio_vae", metadata, "model")
-        params = model["params"]
-        dd = params["ddconfig"]
-        _refuse_unless(
-            "audio_vae",
-            dd,
-            {
-                "double_z": True,
-                "attn_resolutions": [],
-                "mid_block_add_attention": False,
-                "norm_type": "pixel",
-                "causality_axis": "height",
-            },
-        )
-        channels, base, multipliers, res_blocks = _need(
-            "audio_vae", dd, "z_channels", "ch", "ch_mult", "num_res_blocks"
-        )
-        preprocessing = metadata.get("preprocessing", {})
-        stft, mel = preprocessing.get("stft", {}), preprocessing.get("mel", {})
-        audio_channels = dd.get("in_channels", 2)
-        _refuse_unless("audio_vae", dd, {"out_ch": audio_channels})
-        mel_bins = mel.get("n_mel_channels", dd.get("mel_bins", 64))
-        if mel_bins % 2 ** (len(multipliers) - 1):
-            raise ConfigError(
-                f"the audio_vae configuration has {mel_bins} mel bins, which {len(multipliers)} levels cannot halve"
-            )
-        return cls(
-            audio_channels=audio_channels,
-            latent_channels=channels,
-            base_channels=base,
-            channel_multipliers=tuple(multipliers),
-            num_res_blocks=res_blocks,
-            mel_bins=mel_bins,
-            sample_rate_hz=params.get("sampling_rate", 16000),
-            n_fft=stft.get("filter_length", 1024),
-            hop_length=stft.get("hop_length", 160),
-            win_length=stft.get("win_length", stft.get("filter_length", 1024)),
-            mel_fmin_hz=float(mel.get("mel_fmin", 0)),
-            mel_fmax_hz=float(mel.get("mel_fmax", 8000)),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
-    """One BigVGAN-v2 generator: mel to waveform."""
-
-    initial_channels: int
-    upsample_rates: tuple[int, ...]
-    upsample_kernels: tuple[int, ...]
-    resblock_kernels: tuple[int, ...]
-    resblock_dilations: tuple[tuple[int, ...], ...]
-
-    @property
-    def hop_length(self) -> int:
-        """Samples made from one mel frame."""
-        return prod(self.upsample_rates)
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any]) -> "GeneratorConfig":
-        _refuse_unless(
-            "vocoder",
-            metadata,
-            {"resblock": "AMP1", "activation": "snakebeta", "stereo": True, "use_bias_at_final": False},
-        )
-        initial, rates, kernels, res_kernels, dilations = _need(
-            "vocoder",
-            metadata,
-            "upsample_initial_channel",
-            "upsample_rates",
-            "upsample_kernel_sizes",
-            "resblock_kernel_sizes",
-            "resblock_dilation_sizes",
-        )
-        if len(rates) != len(kernels) or len(res_kernels) != len(dilations) or initial % 2 ** len(rates):
-            raise ConfigError(
-                f"the vocoder configuration has {len(rates)} upsample rates and {len(kernels)} kernels, "
-                f"{len(res_kernels)} resblock kernels and {len(dilations)} dilations (both must agree), "
-                f"and {initial} channels, which every rate halves"
-            )
-        return cls(
-            initial_channels=initial,
-            upsample_rates=tuple(rates),
-            upsample_kernels=tuple(kernels),
-            resblock_kernels=tuple(res_kernels),
-            resblock_dilations=tuple(map(tuple, dilations)),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocoderConfig:
-    """The vocoder with bandwidth extension (section `vocoder`)."""
-
-    audio_channels: int
-    mel_bins: int  # of the mel that the vocoder reads
-    base: GeneratorConfig
-    bwe: GeneratorConfig
-    bwe_hop_length: int
-    bwe_n_fft: int
-    bwe_mel_bins: int
-    input_sample_rate_hz: int  # of the base generator's waveform
-    sample_rate_hz: int  # of the output
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], *, mel_bins: int = 64) -> "VocoderConfig":
-        """Reads the section `vocoder`; `mel_bins` are those of the audio autoencoder."""
-        base, bwe = _need("vocoder", metadata, "vocoder", "bwe")
-        _refuse_unless("vocoder", base, {"use_tanh_at_final": False})
-        _refuse_unless("vocoder", bwe, {"apply_final_activation": False})
-        hop, n_fft, num_mels = _need("vocoder", bwe, "hop_length", "n_fft", "num_mels")
-        if bwe.get("win_size", n_fft) != n_fft:
-            raise ConfigError(f"the vocoder configuration has win_size {bwe['win_size']} and n_fft {n_fft}; must agree")
-        config = cls(
-            audio_channels=2,
-            mel_bins=mel_bins,
-            base=GeneratorConfig.from_metadata(base),
-            bwe=GeneratorConfig.from_metadata(bwe),
-            bwe_hop_length=hop,
-            bwe_n_fft=n_fft,
-            bwe_mel_bins=num_mels,
-            input_sample_rate_hz=bwe.get("input_sampling_rate", 16000),
-            sample_rate_hz=bwe.get("output_sampling_rate", 48000),
-        )
-        if config.bwe.hop_length * config.input_sample_rate_hz != hop * config.sample_rate_hz:
-            raise ConfigError(
-                f"the vocoder configuration extends {config.input_sample_rate_hz} Hz to {config.sample_rate_hz} Hz, "
-                f"but its bwe makes {config.bwe.hop_length} samples from {hop}"
             )
         return config
 
@@ -565,26 +430,30 @@ class UpscalerConfig:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "UpscalerConfig":
         """Reads an upscaler's `config`. Raises ConfigError on what is missing or not implemented."""
-        _refuse_unless("upscaler", metadata, {"_class_name": "LatentUpsampler", "dims": 3})
-        channels, mid, blocks = _need("upscaler", metadata, "in_channels", "mid_channels", "num_blocks_per_stage")
+        refuse_unless("upscaler", metadata, {"_class_name": "LatentUpsampler", "dims": 3})
+        channels, mid, blocks = need("upscaler", metadata, "in_channels", "mid_channels", "num_blocks_per_stage")
         spatial, temporal = metadata.get("spatial_upsample", True), metadata.get("temporal_upsample", False)
-        if spatial == temporal:
+        if type(spatial) is not bool or type(temporal) is not bool or spatial == temporal:
             raise ConfigError("an upscaler must be either spatial or temporal; the configuration says both or neither")
         rational = bool(metadata.get("rational_resampler", False)) and spatial
-        scale = float(metadata.get("spatial_scale", 2.0)) if spatial else 1.0
-        implemented = (0.75, 1.5, 2.0, 4.0) if rational else (2.0,)
-        if spatial and scale not in implemented:
-            raise ConfigError(
-                f"the upscaler configuration has spatial_scale {scale} and rational_resampler {rational}; implemented "
-                f"with that: {', '.join(map(str, implemented))}"
-            )
-        if mid % 32:
-            raise ConfigError(f"the upscaler configuration has mid_channels {mid}; must be a multiple of 32")
-        return cls(
+        config = filled(
+            "upscaler",
+            cls,
             in_channels=channels,
             mid_channels=mid,
             num_blocks_per_stage=blocks,
-            spatial_scale=scale,
+            spatial_scale=metadata.get("spatial_scale", 2.0) if spatial else 1.0,
             temporal_scale=2 if temporal else 1,
             rational=rational,
         )
+        implemented = (0.75, 1.5, 2.0, 4.0) if rational else (2.0,)
+        if spatial and config.spatial_scale not in implemented:
+            raise ConfigError(
+                f"the upscaler configuration has spatial_scale {config.spatial_scale} and rational_resampler "
+                f"{rational}; implemented with that: {', '.join(map(str, implemented))}"
+            )
+        if config.mid_channels % 32:
+            raise ConfigError(
+                f"the upscaler configuration has mid_channels {config.mid_channels}; must be a multiple of 32"
+            )
+        return config

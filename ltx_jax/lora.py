@@ -70,46 +70,59 @@ def _to_bfloat16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 class Pairs:
     """What the keys and shapes of a LoRA file say."""
 
-    keys: dict[
-        str, tuple[str, str]
-    ]  # adapted linear, by its published name below `diffusion_model.` -> keys of A and B
+    keys: dict[str, tuple[str, str]]  # adapted linear, by its name below `diffusion_model.` -> keys of A and B
     foreign: tuple[str, ...]  # keys of another kind
     broken: tuple[str, ...]  # linears whose A or B is missing, or of another rank than the other
+    twice: tuple[str, ...]  # halves that are there with and without a prefix
 
 
 def find_pairs(shapes: Mapping[str, tuple[int, ...]]) -> Pairs:
     """Sorts the tensors of a LoRA file, given by key and shape, into pairs."""
     halves: dict[str, dict[str, str]] = defaultdict(dict)
-    foreign = []
+    foreign, twice = [], []
     for key, shape in shapes.items():
         name, _, half = key.removesuffix(".weight").rpartition(".")
         if not key.endswith(".weight") or half not in ("lora_A", "lora_B") or len(shape) != 2:
             foreign.append(key)
             continue
-        halves[name.removeprefix("model.").removeprefix("diffusion_model.")][half] = key
+        name = name.removeprefix("model.").removeprefix("diffusion_model.")
+        if half in halves[name]:
+            twice.append(f"{half} of {name}")
+        halves[name][half] = key
     whole = {name: (found["lora_A"], found["lora_B"]) for name, found in halves.items() if len(found) == 2}
     keys = {name: (a, b) for name, (a, b) in whole.items() if shapes[a][0] == shapes[b][1]}
-    return Pairs(keys, tuple(foreign), tuple(sorted(set(halves) - set(keys))))
+    return Pairs(keys, tuple(foreign), tuple(sorted(set(halves) - set(keys))), tuple(twice))
 
 
 def read_lora(path: Path) -> dict[str, tuple[Array, Array]]:
     """The `(A, B)` of every adapted linear by its published name below `diffusion_model.`.
 
-    Raises LoraError for what is not a LoRA file, and for ranks or halves that do not fit.
+    Raises LoraError for what is not a LoRA file, for ranks or halves that do not fit, and for values that are not
+    finite. Only safetensors files are opened: a pickle can run any program.
     """
+    if not path.is_file():
+        raise LoraError(f"{path} cannot be read: it is no file; give a LoRA as a safetensors file")
     try:
         with safe_open(path, "flax") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = file.keys()
+            pairs = find_pairs({key: tuple(file.get_slice(key).get_shape()) for key in keys})
+            odd = [key for key in keys if file.get_slice(key).get_dtype() not in ("BF16", "F16", "F32")]
+            foreign = [*pairs.foreign, *odd]
+            tensors = {} if foreign else {key: file.get_tensor(key) for key in keys}
     except (OSError, SafetensorError) as error:
         raise LoraError(f"{path} cannot be read as a safetensors file: {error}") from error
-    pairs = find_pairs({key: tensor.shape for key, tensor in tensors.items()})
-    if pairs.foreign or not tensors:
+    if not tensors:
         raise LoraError(
-            f"{path} is not an LTX-2 LoRA: expected keys `diffusion_model.….lora_A.weight` and `lora_B.weight`, "
-            f"found {', '.join(pairs.foreign[:5]) or 'no tensors'}{' and more' if len(pairs.foreign) > 5 else ''}"
+            f"{path} is not an LTX-2 LoRA: expected matrices of floats, `diffusion_model.….lora_A.weight` and "
+            f"`lora_B.weight`, found {', '.join(foreign[:5]) or 'no tensors'}{' and more' if len(foreign) > 5 else ''}"
         )
+    if pairs.twice:
+        raise LoraError(f"{path} has {pairs.twice[0]} twice, with and without a prefix; remove one")
     if pairs.broken:
         raise LoraError(f"{path}: A and B are missing or of different rank for {', '.join(pairs.broken[:8])}")
+    for key, tensor in tensors.items():
+        if not jnp.isfinite(tensor).all():
+            raise LoraError(f"{path}: {key} has values that are not finite: damaged data, download it again")
     return {name: (tensors[a], tensors[b]) for name, (a, b) in pairs.keys.items()}
 
 

@@ -109,27 +109,35 @@ def load_tokenizer(folder: str | Path, *, vocab_size: int | None = None) -> Prom
     settings = folder / "tokenizer_config.json"
     try:
         config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TextError(f"{settings} is not JSON: {error}") from error
-    limit = config.get("model_max_length")
+    if not isinstance(config, dict):
+        raise TextError(f"{settings} is not a JSON object; expected the settings of Gemma 3's tokenizer")
+    limit, add_bos = config.get("model_max_length"), config.get("add_bos_token", True)
+    if limit is not None and not (type(limit) in (int, float) and limit >= 1):
+        raise TextError(f"{settings} has model_max_length {limit!r:.80}; expected a number of tokens")
+    if type(add_bos) is not bool:
+        raise TextError(f"{settings} has add_bos_token {add_bos!r:.80}; expected true or false")
     result = PromptTokenizer(
         tokenizer=tokenizer,
         text_length=TEXT_LENGTH if limit is None else int(min(TEXT_LENGTH, limit)),
         bos_id=_special_id(tokenizer, path, config.get("bos_token") or "<bos>"),
         pad_id=_special_id(tokenizer, path, config.get("pad_token") or "<pad>"),
-        add_bos=config.get("add_bos_token", True),
+        add_bos=add_bos,
     )
     if vocab_size is not None:
         result.check_vocabulary(vocab_size)
     return result
 
 
-def _special_id(tokenizer: Tokenizer, path: Path, token: str | dict[str, Any]) -> int:
+def _special_id(tokenizer: Tokenizer, path: Path, token: Any) -> int:
     """The id of a special token, which a configuration gives as text or as `{"content": text, ...}`."""
-    text = token["content"] if isinstance(token, dict) else token
-    found = tokenizer.token_to_id(text)
+    text = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(text) if isinstance(text, str) else None
     if found is None:
-        raise TextError(f"{path} has no token {text!r}; expected the tokenizer of Gemma 3, which has <bos> and <pad>")
+        raise TextError(
+            f"{path} has no token {text!r:.80}; expected the tokenizer of Gemma 3, which has <bos> and <pad>"
+        )
     return found
 
 
