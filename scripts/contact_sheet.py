@@ -8,19 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs without installation
 
-import av
-import numpy as np
 import tyro
-from PIL import Image
 
-from ltx_jax.media import contact_sheet, describe
+from ltx_jax.media import contact_sheet, describe, read_video, write_png
 
 
 def main(clip: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path], *, columns: int = 5, rows: int = 1):
     """Writes the sheet and prints what a player would say of the clip."""
-    with av.open(str(clip), "r") as container:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    Image.fromarray(contact_sheet(frames, columns=columns, rows=rows)).save(output)
+    write_png(output, contact_sheet(read_video(clip).frames, columns=columns, rows=rows))
     print(", ".join(f"{name} {value}" for name, value in describe(clip).items()))
 
 
