@@ -9,8 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,16 +27,20 @@ from ltx_jax.cards import find_card
 from ltx_jax.checkpoint import MANIFEST
 from ltx_jax.config import VideoVAEConfig
 from ltx_jax.environment import prepare
-from ltx_jax.media import check_writable, read_image, write_mp4
+from ltx_jax.lora import Lora
+from ltx_jax.media import check_writable, read_image, write_mp4, write_wav
 from ltx_jax.memory import peak_rss_bytes
+from ltx_jax.modes import images_of, parse_image
 from ltx_jax.noise import read_noise
 from ltx_jax.pipeline import Latents, load_pipeline
 from ltx_jax.plan import Offload, Plan, plan_published, plan_table, refusal
 from ltx_jax.presets import LTX_2_3
 from ltx_jax.progress import TerminalProgress
+from ltx_jax.replay import Replay
 from ltx_jax.settings import Settings
 
 CLIP_FORMAT = "ltx-jax clip"
+PATHS = ("audio", "video", "reference", "noise")  # settings that name a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +50,12 @@ class Arguments:
     checkpoint: Path | None = None
     """The converted checkpoint folder. Only --plan does without: it then plans for the published 5-bit LTX-2.3."""
     output: Path = Path("clip.mp4")
-    """The clip to write; its settings go beside it as .json."""
+    """The clip to write; its settings go beside it as .json. A name that ends in .wav asks for the sound alone."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A LoRA file as PATH or PATH:STRENGTH; may be given several times."""
+    """A LoRA file as PATH, PATH:STRENGTH or, for two stages, PATH:STRENGTH:STRENGTH; may be given several times."""
+    distilled_lora: Path | None = None
+    """The distilled LoRA of a dev checkpoint, for the second of two stages (hq: at 0.25 and 0.5 in both)."""
     save_latents: Path | None = None
     """Also write the final latents (out.video_latent, out.audio_latent) to this safetensors file."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -63,6 +68,8 @@ class Arguments:
     """With --plan: a card by name, such as rtx4090, in place of the device at hand."""
     json: bool = False
     """With --plan: print JSON."""
+    resume: bool = False
+    """Go on with the run into the same output that was cut off; the result is the same, bit for bit."""
     keep_prompts: bool = True
     """Keep the contexts of prompts in the user's cache folder, so that a known prompt needs no text encoder."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
@@ -73,16 +80,31 @@ class UsageError(ValueError):
     """Arguments that cannot be used."""
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
-    """`PATH` or `PATH:STRENGTH`."""
-    path, strength = text, 1.0
-    head, colon, tail = text.rpartition(":")
-    if colon and not Path(text).exists():
-        with suppress(ValueError):  # a colon within the name
-            path, strength = head, float(tail)
+def parse_lora(text: str) -> Lora:
+    """`PATH`, `PATH:STRENGTH` or `PATH:STRENGTH:STRENGTH`."""
+    path, strengths = text, []
+    while not Path(path).exists() and len(strengths) < 2:
+        head, colon, tail = path.rpartition(":")
+        try:
+            strengths.insert(0, float(tail))
+        except ValueError:  # a colon within the name
+            break
+        path = head if colon else path
     if not Path(path).is_file():
         raise UsageError(f"there is no LoRA file at {path}; give --lora PATH or --lora PATH:STRENGTH")
-    return Path(path), strength
+    return Lora(Path(path), *strengths)
+
+
+def loras_of(arguments: "Arguments") -> list[Lora]:
+    """All LoRAs of a run. Raises UsageError for a file that is not there, or has no stage to act in."""
+    loras = [parse_lora(text) for text in arguments.lora]
+    if arguments.distilled_lora is not None:
+        pipeline = arguments.settings.pipeline
+        if arguments.settings.num_stages == 1:
+            raise UsageError(f"--distilled-lora is for two stages, {pipeline} has one; --lora adds any other")
+        lora = parse_lora(str(arguments.distilled_lora))
+        loras.append(Lora(lora.path, 0.25, 0.5) if pipeline == "hq" else Lora(lora.path, 0.0, 1.0))
+    return loras
 
 
 def sha256(path: Path) -> str:
@@ -107,7 +129,7 @@ def arguments_from(content: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items() if k in known
     }
-    for name in ("image", "noise"):
+    for name in PATHS:
         if values.get(name) is not None:
             values[name] = Path(values[name])
     for path, digest in content["files"].items():
@@ -138,13 +160,18 @@ def parse_arguments(argv: list[str]) -> tuple[Arguments, dict[str, Any] | None]:
     return tyro.cli(Arguments, args=argv, default=default), earlier
 
 
-def clip_json(arguments: Arguments, loras: list[tuple[Path, float]]) -> dict[str, Any]:
+def clip_json(arguments: Arguments, loras: list[Lora]) -> dict[str, Any]:
     """Everything needed to make the same clip again, bit for bit on the same machine."""
     settings, checkpoint = arguments.settings, arguments.checkpoint
     assert checkpoint is not None
     values = asdict(settings)
-    files = [path.resolve() for path, _ in loras]
-    for name in ("image", "noise"):
+    files = [lora.path.resolve() for lora in loras]
+    images = [parse_image(text) for text in settings.image]
+    files += [path.resolve() for path, _, _ in images]
+    values["image"] = [
+        f"{path.resolve()}@{frame}" + ("" if strength is None else f":{strength}") for path, frame, strength in images
+    ]
+    for name in PATHS:
         path = getattr(settings, name)
         if path is not None:
             files.append(path.resolve())
@@ -154,7 +181,7 @@ def clip_json(arguments: Arguments, loras: list[tuple[Path, float]]) -> dict[str
         "settings": values,
         "checkpoint": str(checkpoint.resolve()),
         "checkpoint_sha256": sha256(checkpoint / MANIFEST),
-        "lora": [f"{path.resolve()}:{strength}" for path, strength in loras],
+        "lora": [":".join(map(str, [lora.path.resolve(), lora.strength, lora.in_stage(2)])) for lora in loras],
         "dtype": arguments.dtype,
         "files": {str(path): sha256(path) for path in files},
         "device": jax.devices()[0].device_kind,
@@ -183,9 +210,12 @@ def print_plan(arguments: Arguments) -> None:
         )
         scale = VideoVAEConfig.from_metadata(LTX_2_3["vae"]).scale
     else:
-        loras = [parse_lora(text) for text in arguments.lora]
         pipe = load_pipeline(
-            arguments.checkpoint, dtype=arguments.dtype, loras=loras, offload=arguments.offload, progress=progress
+            arguments.checkpoint,
+            dtype=arguments.dtype,
+            loras=loras_of(arguments),
+            offload=arguments.offload,
+            progress=progress,
         )
         make = partial(pipe.plan, target=target, adopt=False)
         scale = pipe.configs.video_vae.scale
@@ -199,6 +229,8 @@ def print_plan(arguments: Arguments) -> None:
 
 def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     started = time.monotonic()
+    if arguments.output.suffix.lower() == ".wav":
+        arguments = replace(arguments, settings=replace(arguments.settings, sound_only=True))
     if arguments.plan:
         return print_plan(arguments)
     for flag, given in (("--card", arguments.card is not None), ("--json", arguments.json)):
@@ -206,18 +238,21 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
             raise UsageError(f"{flag} is for --plan")
     if arguments.checkpoint is None:
         raise UsageError("--checkpoint is missing: the folder that `python -m convert` made")
-    settings, output = arguments.settings, arguments.output
-    if output.suffix.lower() != ".mp4":
-        raise UsageError(f"the output must end in .mp4, got {output}")
+    output = arguments.output
+    if output.suffix.lower() not in (".mp4", ".wav"):
+        raise UsageError(f"the output must end in .mp4, or in .wav for the sound alone, got {output}")
+    settings = arguments.settings
+    if settings.sound_only and output.suffix.lower() != ".wav":
+        raise UsageError(f"--sound-only makes no picture: the output must end in .wav, got {output}")
     for path in (output, output.with_suffix(".json"), arguments.save_latents):
         if path is not None:
             check_writable(path)
     # What cannot be read should fail before models are loaded, not after.
-    if settings.image is not None:
-        read_image(settings.image)
+    for path, _ in images_of(settings):
+        read_image(path)
     if settings.noise is not None:
         read_noise(settings.noise)
-    loras = [parse_lora(text) for text in arguments.lora]
+    loras = loras_of(arguments)
     progress = TerminalProgress()
     pipe = load_pipeline(
         arguments.checkpoint,
@@ -227,6 +262,7 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
         keep_prompts=arguments.keep_prompts,
         progress=progress,
     )
+    grid = pipe.check(settings)
     plan = pipe.plan(settings)
     facts = clip_json(arguments, loras)
     if earlier is not None:
@@ -234,18 +270,30 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
             if earlier.get(name) != facts[name]:
                 progress.console.print(f"[yellow]{name} is not what the clip was made with: it may differ")
     progress.console.print(
-        f"{settings.pipeline}: {settings.width}x{settings.height}, {settings.num_frames} frames at {settings.fps:g} "
-        f"fps, seed {settings.seed}, {pipe.dtype.name} on {facts['device']}"
+        f"{settings.pipeline}: {grid.width}x{grid.height}, {grid.num_frames} frames at {grid.fps:g} fps, seed "
+        f"{settings.seed}, {pipe.dtype.name} on {facts['device']}"
     )
     progress.say(plan.line())
-    latents = pipe.generate_latents(settings)
+    # What is known of the run, step by step, beside the output until the clip is written.
+    replay = Replay(output.with_name(f".{output.name}.unfinished"), facts, resume=arguments.resume)
+    if arguments.resume:
+        progress.say(f"goes on: {replay.num_calls} model calls are there")
+    try:
+        latents = pipe.generate_latents(settings, replay=replay)
+    except ValueError:  # of what was asked for: there is nothing to go on from
+        replay.remove()
+        raise
     if arguments.save_latents is not None:
         save_latents(arguments.save_latents, latents)
-    waveform = pipe.decode_audio(latents.audio)
-    frames = (frame for chunk in pipe.decode_video(latents.video) for frame in chunk)
-    write_mp4(output, frames, fps=settings.fps, waveform=waveform, sample_rate_hz=pipe.configs.vocoder.sample_rate_hz)
+    waveform, rate = pipe.sound(latents, settings)
+    if settings.sound_only:
+        write_wav(output, waveform, rate)
+    else:
+        frames = (frame for chunk in pipe.decode_video(latents.video) for frame in chunk)
+        write_mp4(output, frames, fps=grid.fps, waveform=waveform, sample_rate_hz=rate)
     with written_whole(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    replay.remove()
     seconds = time.monotonic() - started
     progress.console.print(
         f"wrote {output} and {output.with_suffix('.json')} in {seconds:.0f} s, "
@@ -267,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         raise
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped; the same command with --resume goes on from here", file=sys.stderr)
         return 130
     return 0
 

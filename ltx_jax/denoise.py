@@ -6,7 +6,7 @@ Source: `denoisers` in Lightricks/LTX-2, ltx_pipelines.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,22 @@ class Pair(NamedTuple):
 
     video: Tokens | None
     audio: Tokens | None
+
+
+class Estimates(NamedTuple):
+    """What a model call gives: the guided estimate, and the same with what is given held."""
+
+    estimate: Pair
+    held: Pair
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """Estimates of an earlier run of the same, by the number of the call; see `replay`."""
+
+    def recall(self, call: int) -> Estimates | None: ...
+
+    def keep(self, call: int, estimates: Estimates) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +77,8 @@ def _stream(state: LatentState, tokens: Tokens, contexts: Float[Array, "rows key
         positions=state.positions,
         context=contexts,
         level=state.level,
+        group=state.group,
+        affinity=state.affinity,
     )
 
 
@@ -69,6 +87,10 @@ def _streams(states, tokens, contexts, sigma) -> list[StreamInput | None]:
         None if state is None else _stream(state, x, context, sigma)
         for state, x, context in zip(states, tokens, contexts, strict=True)
     ]
+
+
+def _kept(states, tokens) -> Pair:
+    return Pair(*(None if state is None else state.kept(x) for state, x in zip(states, tokens, strict=True)))
 
 
 def _guided(states, tokens, velocities, sigma, scales, passes: tuple[str, ...]) -> tuple[Pair, Pair]:
@@ -103,6 +125,7 @@ def estimate(
     transformer, states, tokens, contexts, sigma, scales, keep, *, passes: tuple[str, ...], precision: str
 ) -> tuple[Pair, Pair]:
     """One guided estimate in one program: what a denoising step is."""
+    tokens = _kept(states, tokens)
     with jax.default_matmul_precision(precision):
         velocities = transformer(*_streams(states, tokens, contexts, sigma), keep=keep)
     return _guided(states, tokens, velocities, sigma, scales, passes)
@@ -111,6 +134,7 @@ def estimate(
 @partial(jax.jit, static_argnames="precision")
 def enter(rest, states, tokens, contexts, sigma, keep, *, precision: str) -> Entered:
     """The part of `estimate` before the blocks, for blocks that are streamed."""
+    tokens = _kept(states, tokens)
     with jax.default_matmul_precision(precision):
         return rest.enter(*_streams(states, tokens, contexts, sigma), keep=keep)
 
@@ -122,7 +146,7 @@ def leave(
     """The part of `estimate` behind the blocks."""
     with jax.default_matmul_precision(precision):
         velocities = rest.leave(streams, outs, outputs)
-    return _guided(states, tokens, velocities, sigma, scales, passes)
+    return _guided(states, _kept(states, tokens), velocities, sigma, scales, passes)
 
 
 def streamed_estimate(
@@ -157,11 +181,13 @@ class Denoiser:
         guidance: tuple[Guidance, Guidance] | None = None,
         precision: str = "default",
         callback: Callable[[int, float, Pair, Pair], None] | None = None,
+        memory: Memory | None = None,
     ):
         """Raises ValueError where `cfg_scale` asks for a negative prompt that is not there.
 
         `callback(step, sigma, tokens, denoised)` is called after every model call (or reuse of one) with the guided
-        estimate as the model gave it, before what is given (images, frozen tokens) is put back.
+        estimate as the model gave it, before what is given (images, frozen tokens) is put back. What `memory` recalls
+        is not computed again.
         """
         video, audio = guidance or (Guidance(), Guidance())
         wanted = set(video.passes if states[0] is not None else ()) | set(audio.passes if states[1] is not None else ())
@@ -175,6 +201,8 @@ class Denoiser:
         self.guidance = video, audio
         self.precision = precision
         self.callback = callback
+        self.memory = memory
+        self.calls = 0
         self.scales = Scales.of(video), Scales.of(audio)
         streamed = isinstance(transformer, Streamed)
         num_layers = len(transformer.layers["blocks"]) if streamed else count_layers(transformer.blocks)
@@ -190,7 +218,7 @@ class Denoiser:
                 strict=True,
             )
         )
-        self.last = (Pair(None, None), Pair(None, None))  # estimate, held
+        self.last = Estimates(Pair(None, None), Pair(None, None))
 
     def _contexts(self, state: LatentState, positive: Context, negative: Context | None):
         rows = [positive]
@@ -212,16 +240,26 @@ class Denoiser:
         return {"passes": self.passes, "precision": self.precision}
 
     def __call__(self, step: int, sigma: float, tokens: Pair) -> Pair:
-        runs = [g.runs(step) or last is None for g, last in zip(self.guidance, self.last[0], strict=True)]
-        if any(run for run, state in zip(runs, self.states, strict=True) if state is not None):
-            compute = streamed_estimate if isinstance(self.transformer, Streamed) else estimate
-            fresh = compute(*self.arguments(sigma, tokens), **self.options)
-            # A modality whose guidance skips this step keeps its last estimate.
-            self.last = tuple(
+        recalled = None if self.memory is None else self.memory.recall(self.calls)
+        self.last = self._ask(step, sigma, tokens) if recalled is None else recalled
+        if self.memory is not None and recalled is None:
+            self.memory.keep(self.calls, self.last)
+        self.calls += 1
+        if self.callback is not None:
+            self.callback(step, sigma, tokens, self.last.estimate)
+        return self.last.held
+
+    def _ask(self, step: int, sigma: float, tokens: Pair) -> Estimates:
+        """The model's estimates; those of the call before where guidance skips this one."""
+        runs = [g.runs(step) or last is None for g, last in zip(self.guidance, self.last.estimate, strict=True)]
+        if not any(run for run, state in zip(runs, self.states, strict=True) if state is not None):
+            return self.last
+        compute = streamed_estimate if isinstance(self.transformer, Streamed) else estimate
+        fresh = compute(*self.arguments(sigma, tokens), **self.options)
+        # A modality whose guidance skips this step keeps its last estimate.
+        return Estimates(
+            *(
                 Pair(*(new if run else old for run, new, old in zip(runs, news, olds, strict=True)))
                 for news, olds in zip(fresh, self.last, strict=True)
             )
-        guided, held = self.last
-        if self.callback is not None:
-            self.callback(step, sigma, tokens, guided)
-        return held
+        )

@@ -30,6 +30,10 @@ class VideoGrid:
     scale: tuple[int, int, int] = (8, 32, 32)
 
     @property
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
+
+    @property
     def latent_frames(self) -> int:
         """The first pixel frame stands alone, each later latent frame holds eight."""
         return (self.num_frames - 1) // self.scale[0] + 1
@@ -69,6 +73,32 @@ class VideoGrid:
             problems.append(f"fps must be positive, got {self.fps}")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+def size_of_aspect(aspect: str, megapixels: float, *, step: int) -> tuple[int, int]:
+    """Height and width of a shape such as "9:16", multiples of `step`, as near as they can be to a number of pixels.
+
+    Raises ValueError for what is no shape.
+    """
+    sides = aspect.replace("x", ":").split(":")
+    try:
+        across, down = (float(side) for side in sides)
+    except ValueError:
+        across = down = 0.0
+    if not (across > 0 and down > 0 and 1 / 16 <= across / down <= 16):
+        raise ValueError(f"aspect must be width:height, as 16:9 or 9:16, at most 16 to 1; got {aspect!r}")
+    if not 0 < megapixels <= 64:
+        raise ValueError(f"megapixels must be above 0 and at most 64, got {megapixels:g}")
+    ratio, pixels = across / down, megapixels * 1e6
+    exact = (pixels / ratio) ** 0.5, (pixels * ratio) ** 0.5
+    choices = [[max(int(side / step), 1) * step, (int(side / step) + 1) * step] for side in exact]
+
+    def badness(size: tuple[int, int]) -> float:
+        """How far shape and area are off, in powers of e."""
+        height, width = size
+        return abs(np.log(width / height / ratio)) + abs(np.log(height * width / pixels))
+
+    return min(((height, width) for height in choices[0] for width in choices[1]), key=badness)
 
 
 def audio_latent_length(num_frames: int, fps: float, config: AudioVAEConfig) -> int:

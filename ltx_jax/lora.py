@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,17 @@ class LoraError(ValueError):
     """A LoRA file that cannot be read, or does not belong to this model."""
 
 
+class Lora(NamedTuple):
+    """A LoRA file, and how strongly it acts: in the first of two stages, and in the second if there differently."""
+
+    path: Path
+    strength: float = 1.0
+    second_strength: float | None = None
+
+    def in_stage(self, number: int) -> float:
+        return self.strength if number == 1 or self.second_strength is None else self.second_strength
+
+
 class Factors(nnx.Variable):
     """A LoRA's matrices and strength: loaded, not trained with the model's own parameters."""
 
@@ -34,9 +46,13 @@ class LoraLinear(nnx.Module):
     bfloat16 and added to the bfloat16 weight. Otherwise the adapters act on the input, which costs no weight.
     """
 
-    def __init__(self, base: nnx.Module, adapters: Sequence[tuple[Array, Array, Array]]):
-        """`adapters` are `(A [rank, in], B [out, rank], strength [])`, with one more leading axis in a stack."""
+    def __init__(self, base: nnx.Module, adapters: Sequence[tuple[Array, Array, Array]], files: tuple[int, ...]):
+        """`adapters` are `(A [rank, in], B [out, rank], strength [])`, with one more leading axis in a stack.
+
+        `files` says which LoRA of the model each of them is of.
+        """
         self.base: Any = base
+        self.files = files
         self.a = nnx.List([Factors(a) for a, _, _ in adapters])
         self.b = nnx.List([Factors(b) for _, b, _ in adapters])
         self.strength = nnx.List([Factors(s) for _, _, s in adapters])
@@ -132,8 +148,8 @@ def add_loras(model: nnx.Module, loras: Sequence[tuple[Path, float]], linear_nam
     `linear_names` maps published linears to paths in the model with its layers numbered (`blocks.3.video.ff.proj_in`);
     layers may be stacked. Raises LoraError, listing them, for adapters that match nothing or do not fit.
     """
-    adapters: dict[tuple, list[tuple[Array, Array, Array]]] = {}
-    for path, strength in loras:
+    adapters: dict[tuple, list[tuple[int, tuple[Array, Array, Array]]]] = {}
+    for number, (path, strength) in enumerate(loras):
         factors = read_lora(path)
         unknown = [name for name in factors if name not in linear_names]
         if unknown:
@@ -154,10 +170,48 @@ def add_loras(model: nnx.Module, loras: Sequence[tuple[Path, float]], linear_nam
                     f"{expected[0]} to {expected[1]}; this LoRA is for another model"
                 )
         for place, by_layer in placed.items():
-            adapters.setdefault(place, []).append(_gather(model, place, by_layer, strength))
+            adapters.setdefault(place, []).append((number, _gather(model, place, by_layer, strength)))
     for place, found in adapters.items():
         parent, name = walk(model, place[:-1]), place[-1]
-        setattr(parent, name, LoraLinear(getattr(parent, name), found))
+        files, pairs = zip(*found, strict=True)
+        setattr(parent, name, LoraLinear(getattr(parent, name), pairs, files))
+
+
+def set_strengths(model: nnx.Module, strengths: Sequence[float]) -> None:
+    """Changes how strongly the LoRAs of a model act, in place; nothing is compiled anew for it."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LoraLinear):
+            for number, strength in zip(module.files, module.strength, strict=True):
+                strength.set_value(jnp.full_like(strength.get_value(), strengths[number]))
+
+
+def reference_scales(paths: Sequence[Path]) -> tuple[int, int]:
+    """How much smaller, and how much shorter, the LoRAs of these files read a reference clip; (1, 1) if none says.
+
+    Raises LoraError where they disagree, or say what is no whole number.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise LoraError(f"{path} cannot be read as a safetensors file: {error}") from error
+        said = [metadata.get(name) for name in ("reference_downscale_factor", "reference_temporal_scale_factor")]
+        if any(value is not None for value in said):
+            try:
+                scales = tuple(1 if value is None else int(value) for value in said)
+            except ValueError:
+                scales = 0, 0
+            if min(scales) < 1:
+                raise LoraError(f"{path}: its reference scale factors must be whole numbers from 1, got {said}")
+            found[scales[0], scales[1]] = path
+    if len(found) > 1:
+        what = " and ".join(
+            f"{path} 1/{down} of the size, 1/{time} of the frames" for (down, time), path in found.items()
+        )
+        raise LoraError(f"the LoRAs read their reference differently: {what}; give one of them")
+    return next(iter(found), (1, 1))
 
 
 def _gather(

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ltx_jax.conditioning import LatentState
 from ltx_jax.denoise import Pair
+from ltx_jax.sampling import normalised_noise
 
 
 def read_noise(path: Path) -> dict[str, Array]:
@@ -30,12 +31,24 @@ class Noise:
         self.given = given
         self.dtype = dtype
 
-    def draw(self, states: tuple[LatentState, LatentState], prefix: str) -> Pair:
+    def fresh(self, tokens: Pair) -> Pair:
+        """More noise, of the same shape, for samplers that add some at every step."""
+        self.key, *keys = jax.random.split(self.key, 3)
+        return Pair(
+            *(
+                None if x is None else normalised_noise(jax.random.normal(key, x.shape, jnp.float32))
+                for x, key in zip(tokens, keys, strict=True)
+            )
+        )
+
+    def draw(self, states: tuple[LatentState | None, LatentState | None], prefix: str) -> Pair:
         """The next stage's noise. Raises ValueError where what was given does not fit."""
         self.key, *keys = jax.random.split(self.key, 3)
         return Pair(
             *(
-                self._given(f"in.{prefix}{name}_noise", state, key)
+                None
+                if state is None
+                else self._given(f"in.{prefix}{name}_noise", state, key)
                 if self.given is not None
                 else jax.random.normal(key, state.initial.shape, jnp.float32).astype(self.dtype)
                 for name, state, key in zip(("video", "audio"), states, keys, strict=True)

@@ -1,14 +1,14 @@
-"""Prompt to clip: encode, denoise, decode; one stage or two. Each stage can also be called alone.
+"""A checkpoint's models and what each does: encode, denoise, upscale, decode. Each can be called alone.
 
     pipe = load_pipeline("ltx-2.3-orbax")
     clip = pipe(prompt="a heron lands on still water", num_frames=121, seed=7)
 
-Source: the pipelines `ti2vid_one_stage`, `ti2vid_two_stages` and `distilled` in Lightricks/LTX-2, ltx_pipelines.
+`clip` puts them together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,69 +20,33 @@ from jaxtyping import Array, Float, UInt8
 
 from ltx_jax.cards import Card
 from ltx_jax.checkpoint import TOKENIZER, CheckpointError, Manifest
-from ltx_jax.conditioning import LatentState, append_keyframe, audio_state, replace_frame, video_state
-from ltx_jax.denoise import Denoiser, Pair, Prompt
-from ltx_jax.geometry import (
-    AudioLatents,
-    VideoGrid,
-    VideoLatents,
-    audio_latent_length,
-    unpatchify_audio,
-    unpatchify_video,
-)
+from ltx_jax.clip import Callback, Clip, Latents, make_latents
+from ltx_jax.conditioning import LatentState
+from ltx_jax.conditions import Condition, Frames, Image, ImageCondition, Waveform
+from ltx_jax.denoise import Denoiser, Memory, Pair, Prompt
+from ltx_jax.geometry import AudioLatents, VideoGrid, VideoLatents
 from ltx_jax.guidance import Guidance
 from ltx_jax.load import load_configs
-from ltx_jax.media import check_writable, fit_image, read_image, recompress, to_uint8, write_mp4
+from ltx_jax.lora import Lora
+from ltx_jax.media import MediaError, check_writable, write_mp4, write_wav
+from ltx_jax.mel import mel_spectrogram
 from ltx_jax.models.attention import AttentionForm, has_cudnn_attention
-from ltx_jax.noise import Noise, read_noise
+from ltx_jax.modes import conditions_of, kept_sound, read_media, size_of
+from ltx_jax.noise import read_noise
+from ltx_jax.pictures import fit_video, recompress, to_uint8
 from ltx_jax.plan import Offload, Plan, PlanError, make_plan, refusal
 from ltx_jax.progress import Progress, Silent
 from ltx_jax.prompt_cache import keep_prompt, prompt_key, read_prompt
+from ltx_jax.replay import Replay
 from ltx_jax.residency import Residency, Way
-from ltx_jax.sampling import Sigmas, euler
+from ltx_jax.sampling import Sigmas, euler, num_calls
 from ltx_jax.settings import Settings
-from ltx_jax.stages import decode_mel, decode_pixels, encode_pixels, upscale, vocode
+from ltx_jax.sound import fit_audio
+from ltx_jax.stages import decode_mel, decode_pixels, encode_mel, encode_pixels, upscale, vocode
 from ltx_jax.text import load_tokenizer, text_contexts, text_hidden_states, tokenize
 from ltx_jax.tiling import TileSize, decode_tiled
 
 STAGE_2_UPSCALER = "upscaler_spatial_x2"
-Image = UInt8[np.ndarray, "rows columns 3"]  # RGB levels
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageCondition:
-    """An image that the clip must show.
-
-    At frame 0 it replaces the first latent frame; elsewhere its tokens are appended for the clip to follow.
-    """
-
-    image: Image
-    frame: int = 0
-    strength: float = 1.0  # 1 exactly this image, 0 ignored
-    crf: int | None = None  # of an H.264 round trip before; None: none
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latents:
-    """What denoising gives: normalised latents of both modalities."""
-
-    video: Float[Array, "1 frames height width video_channels"]
-    audio: Float[Array, "1 time bins audio_channels"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """A finished clip."""
-
-    frames: UInt8[np.ndarray, "frames height width 3"]
-    fps: float
-    waveform: Float[np.ndarray, "samples 2"]  # in [-1, 1]
-    sample_rate_hz: int
-    latents: Latents
-
-
-# called after every model call: stage, step, sigma, noisy tokens, the model's denoised tokens
-Callback = Callable[[int, int, float, Pair, Pair], None]
 
 
 class Pipeline:
@@ -96,7 +60,7 @@ class Pipeline:
         folder: Path,
         *,
         dtype: Any = None,
-        loras: Sequence[tuple[Path, float]] = (),
+        loras: Sequence[Lora] = (),
         offload: Offload = "auto",
         keep_prompts: bool = True,
         progress: Progress | None = None,
@@ -110,9 +74,7 @@ class Pipeline:
         self.offload: Offload = offload
         self.keep_prompts = keep_prompts
         self.progress = progress or Silent()
-        self.residency = Residency(
-            folder, self.manifest, dtype=self.dtype, loras=[(Path(path), s) for path, s in loras], loading=self._loading
-        )
+        self.residency = Residency(folder, self.manifest, dtype=self.dtype, loras=loras, loading=self._loading)
 
     # ------------------------------------------------------------------ models
 
@@ -149,7 +111,7 @@ class Pipeline:
             dtype=jnp.bfloat16 if target is not None else self.dtype,
             offload=self.offload,
             attention=attention,
-            loras=self.residency.loras,
+            loras=[lora.path for lora in self.residency.loras],
             told=self.progress.say,
         )
         if target is not None or not adopt:
@@ -247,17 +209,47 @@ class Pipeline:
 
     def encode_image(self, condition: ImageCondition, *, height: int, width: int) -> VideoLatents:
         """The latents of one image at a size in pixels, after the H.264 round trip."""
-        image = condition.image
-        if condition.crf is not None:
-            image = recompress(image, crf=condition.crf)
-        pixels = fit_image(image, height=height, width=width).astype(self.dtype)
+        image = condition.image if condition.crf is None else recompress(condition.image, crf=condition.crf)
+        return self.encode_video(image[None], height=height, width=width)
+
+    def encode_video(self, frames: Frames, *, height: int, width: int) -> VideoLatents:
+        """The latents of 8k + 1 frames at a size in pixels: scaled to cover it and cut to its centre."""
+        scale = self.configs.video_vae.scale
+        grid = VideoGrid(num_frames=len(frames), height=height, width=width, fps=1.0, scale=scale)
+        grid.check()
+        return self.encode_frames(frames, grid)
+
+    def encode_frames(self, frames: Frames, grid: VideoGrid) -> VideoLatents:
+        """`encode_video` at the size of a grid."""
+        pixels = fit_video(frames, height=grid.height, width=grid.width)
 
         def work() -> VideoLatents:
             self.residency.turn("video_vae")
             with jax.default_matmul_precision(self.precision):
-                return jax.block_until_ready(encode_pixels(self.model("video_vae"), pixels))
+                return jax.block_until_ready(encode_pixels(self.model("video_vae"), pixels.astype(self.dtype)))
 
         return self._retrying(work)
+
+    def encode_audio(
+        self, waveform: Waveform, sample_rate_hz: int, *, num_latents: int | None = None, seconds: float | None = None
+    ) -> AudioLatents:
+        """The latents of a sound: of `seconds` of it, `num_latents` long; silence where there is no more of it."""
+        config = self.configs.audio_vae
+        wave = fit_audio(
+            waveform, sample_rate_hz, to_hz=config.sample_rate_hz, channels=config.audio_channels, seconds=seconds
+        )
+        if num_latents is not None:
+            # The mel frames that so many latents hold: the first of them holds one frame.
+            least = ((num_latents - 1) * config.scale) * config.hop_length
+            wave = np.pad(wave, ((0, max(least - len(wave), 0)), (0, 0)))
+
+        def work() -> AudioLatents:
+            self.residency.turn("audio_vae")
+            with jax.default_matmul_precision(self.precision):
+                mel = mel_spectrogram(jnp.asarray(wave)[None], config).astype(self.dtype)
+                return jax.block_until_ready(encode_mel(self.model("audio_vae"), mel))
+
+        return self._retrying(work)[:, :num_latents]
 
     def denoise(
         self,
@@ -271,17 +263,25 @@ class Pipeline:
         guidance: tuple[Guidance, Guidance] | None = None,
         sampler: Callable[..., Pair] = euler,
         callback: Callable[[int, float, Pair, Pair], None] | None = None,
+        memory: Memory | None = None,
+        stage_number: int = 1,
         stage: str = "denoise",
     ) -> Pair:
-        """Denoises tokens from noise down the sigmas; returns all tokens, appended conditioning included."""
+        """Denoises tokens from noise down the sigmas; returns all tokens, appended conditioning included.
+
+        `sampler` is one of `sampling`, or any function like them. `stage_number` chooses the strengths of LoRAs that
+        have one for each stage; `stage` is what progress calls it. What `memory` recalls of an earlier run is not
+        computed again.
+        """
+        self.residency.stage_number = stage_number
         return self._retrying(
             lambda: self._denoise(
-                states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, stage
+                states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, memory, stage
             )
         )
 
     def _denoise(
-        self, states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, stage
+        self, states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, memory, stage
     ) -> Pair:
         tokens = Pair(
             *(
@@ -291,7 +291,7 @@ class Pipeline:
         )
         self.residency.turn("transformer")
         transformer = self.model("transformer")
-        with self.progress.stage(stage, len(sigmas) - 1) as advance:
+        with self.progress.stage(stage, num_calls(sampler, sigmas)) as advance:
 
             def after_call(step: int, sigma: float, tokens: Pair, denoised: Pair) -> None:
                 jax.block_until_ready(denoised)
@@ -307,13 +307,16 @@ class Pipeline:
                 guidance=guidance,
                 precision=self.precision,
                 callback=after_call,
+                memory=memory,
             )
             return sampler(predict, tokens, sigmas)
 
-    def upscale(self, latents: VideoLatents, component: str = STAGE_2_UPSCALER) -> VideoLatents:
+    def upscale(
+        self, latents: VideoLatents, component: str = STAGE_2_UPSCALER
+    ) -> Float[Array, "batch new_frames new_height new_width channels"]:
         """Video latents, larger or longer, by one of the checkpoint's latent upscalers."""
 
-        def work() -> VideoLatents:
+        def work() -> Array:
             kept = ("transformer",) if self.residency.way.keep_transformer else ()
             self.residency.turn(component, "video_vae", *kept)
             with jax.default_matmul_precision(self.precision):
@@ -391,34 +394,63 @@ class Pipeline:
         self,
         *,
         prompt: str | Prompt,
-        image: str | Path | Image | None = None,
+        image: Any = (),
         noise: str | Path | Mapping[str, Any] | None = None,
+        conditions: Sequence[Condition] = (),
         callback: Callback | None = None,
         **settings: Any,
     ) -> Clip:
         """A clip from a prompt: `generate_latents`, then both decoders.
 
         The keyword arguments are the fields of `Settings`, which `generate.py` has as flags. In Python, `prompt` may
-        be contexts made before, `image` RGB levels, and `noise` a mapping of arrays.
+        be contexts made before, `image` one or several of RGB levels, `ImageCondition`s and paths, and `noise` a
+        mapping of arrays.
         """
         given: dict[str, Any] = {}
-        for name, value in (("prompt", prompt), ("image", image), ("noise", noise)):
+        for name, value in (("prompt", prompt), ("noise", noise)):
             if isinstance(value, str | Path):
                 settings[name] = value if name == "prompt" else Path(value)
             elif value is not None:
                 given[name] = value
+        images = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
+        settings["image"] = tuple(str(item) for item in images if isinstance(item, str | Path))
+        given["image"] = [item for item in images if not isinstance(item, str | Path)]
+        for name in ("audio", "video", "reference"):
+            if settings.get(name) is not None:
+                settings[name] = Path(settings[name])
         chosen = Settings(**settings)
-        return self.decode(self.generate_latents(chosen, **given, callback=callback), fps=chosen.fps)
+        latents = self.generate_latents(chosen, **given, conditions=conditions, callback=callback)
+        return self.decode(latents, settings=chosen)
 
-    def decode(self, latents: Latents, *, fps: float) -> Clip:
-        """Latents of both modalities to a clip."""
+    def decode(self, latents: Latents, *, settings: Settings) -> Clip:
+        """Latents to a clip: both decoders, but the sound that the settings keep as it came."""
+        grid = size_of(settings, self.configs.video_vae.scale)
+        waveform, rate = self.sound(latents, settings)
         return Clip(
-            frames=np.concatenate(list(self.decode_video(latents.video))),
-            fps=fps,
-            waveform=self.decode_audio(latents.audio),
-            sample_rate_hz=self.configs.vocoder.sample_rate_hz,
+            frames=self.frames(latents),
+            fps=grid.fps,
+            waveform=waveform,
+            sample_rate_hz=rate,
             latents=latents,
         )
+
+    def frames(self, latents: Latents) -> Frames:
+        """All frames of a clip; none where only sound was made."""
+        _, count, height, width, _ = latents.video.shape
+        if not count:
+            _, rows, columns = self.configs.video_vae.scale
+            return np.zeros((0, height * rows, width * columns, 3), np.uint8)
+        return np.concatenate(list(self.decode_video(latents.video)))
+
+    def sound(self, latents: Latents, settings: Settings) -> tuple[Waveform, int]:
+        """The waveform of a clip and its sample rate: decoded, or the one that the settings keep as it came."""
+        if settings.audio is not None or settings.keep_audio:
+            grid = size_of(settings, self.configs.video_vae.scale)
+            media = read_media(replace(settings, image=(), reference=None), grid)
+            kept = kept_sound(settings, media, grid)
+            if kept is not None:
+                return kept
+        return self.decode_audio(latents.audio), self.configs.vocoder.sample_rate_hz
 
     def generate_latents(
         self,
@@ -426,133 +458,75 @@ class Pipeline:
         *,
         prompt: Prompt | None = None,
         negative: Prompt | None = None,
-        image: Image | None = None,
+        image: Image | Sequence[Image | ImageCondition] | None = None,
+        conditions: Sequence[Condition] = (),
         noise: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
+        replay: Replay | None = None,
     ) -> Latents:
         """The latents of a clip. What is given beside `settings` takes the place of what they name.
 
-        `callback(stage, step, sigma, tokens, denoised)` is called after every model call. Raises ValueError for sizes,
-        steps, frames or noise that do not fit, naming what would; CheckpointError where a model is not there.
+        `conditions` come on top of those of the settings. `callback(stage, step, sigma, tokens, denoised)` is called
+        after every model call; `replay` keeps what the model says, for a run that is cut off. Raises ValueError for
+        sizes, steps, frames, files or noise that do not fit, naming what would; CheckpointError where a model is not
+        there.
         """
-        first, grid = self.check(settings)
-        if image is None and settings.image is not None:
-            image = read_image(settings.image)
-        images = []
-        if image is not None:
-            images.append(ImageCondition(image=image, strength=settings.image_strength, crf=settings.image_crf))
+        grid = self.check(settings)
+        if image is not None and len(image):
+            settings = replace(settings, image=())
+        media = read_media(settings, grid, tuple(lora.path for lora in self.residency.loras))
+        placed = [*conditions_of(settings, media), *self._images(image, settings), *conditions]
         if noise is None and settings.noise is not None:
             noise = read_noise(settings.noise)
-        guidance = settings.guidance(self.configs.transformer.num_layers)
-        source = Noise(settings.seed, noise, self.dtype)
         texts = [settings.prompt] if prompt is None else []
         if negative is None and self.needs_negative(settings):
             texts.append(settings.negative_prompt)
         encoded = self.encode_prompts(texts)
-        positive = prompt or encoded[0]
         if negative is None and self.needs_negative(settings):
             negative = encoded[-1]
-
-        two_stages = settings.num_stages == 2
-        # Images of both stages are encoded before the transformer needs the room.
-        placed = {step: self._encode_images(images, step) for step in dict.fromkeys((first, grid))}
-        states = self._states(first, placed[first])
-        tokens = self.denoise(
-            states,
-            source.draw(states, "stage1_" if two_stages else ""),
-            positive,
-            sigmas=settings.schedule(),
+        return make_latents(
+            self,
+            settings,
+            grid,
+            placed,
+            positive=prompt or encoded[0],
             negative=negative,
-            guidance=guidance,
-            callback=callback and partial(callback, 1),
-            stage="denoise, stage 1" if two_stages else "denoise",
+            noise=noise,
+            callback=callback,
+            replay=replay,
         )
-        latents = self._latents(tokens, first)
-        if not two_stages:
-            return latents
 
-        sigmas = settings.second_schedule()
-        states = self._states(grid, placed[grid], Latents(video=self.upscale(latents.video), audio=latents.audio))
-        tokens = self.denoise(
-            states,
-            source.draw(states, "stage2_"),
-            positive,
-            sigmas=sigmas,
-            noise_scale=float(sigmas[0]),
-            callback=callback and partial(callback, 2),
-            stage="denoise, stage 2",
-        )
-        refined = self._latents(tokens, grid)
-        # A guided first stage has the better sound; the distilled one gains from the second.
-        return refined if guidance is None else replace(refined, audio=latents.audio)
+    def _images(self, image: Any, settings: Settings) -> list[ImageCondition]:
+        """Images given in Python, as the settings would have them."""
+        images = [image] if isinstance(image, np.ndarray) else list(image or ())
+        strength, crf, append = settings.image_strength, settings.image_crf, settings.interpolate
+        return [
+            item
+            if isinstance(item, ImageCondition)
+            else ImageCondition(image=item, strength=strength, crf=crf, append=append)
+            for item in images
+        ]
 
     def needs_negative(self, settings: Settings) -> bool:
         """Whether the settings ask for a pass with the negative prompt."""
         guidance = settings.guidance(self.configs.transformer.num_layers)
         return guidance is not None and any(g.cfg_scale != 1 for g in guidance)
 
-    def check(self, settings: Settings) -> tuple[VideoGrid, VideoGrid]:
-        """The grids of the first and the last stage. Raises what `generate_latents` raises, before any work."""
+    def check(self, settings: Settings) -> VideoGrid:
+        """The size of the clip. Raises what `generate_latents` raises, before any work."""
         settings.check()
-        grid = VideoGrid(
-            num_frames=settings.num_frames,
-            height=settings.height,
-            width=settings.width,
-            fps=float(settings.fps),
-            scale=self.configs.video_vae.scale,
-        )
-        stages = settings.num_stages
-        grid.check(stages=stages)
+        grid = size_of(settings, self.configs.video_vae.scale)
         settings.guidance(self.configs.transformer.num_layers)
-        if stages == 2 and STAGE_2_UPSCALER not in self.manifest.parts:
+        if settings.num_stages == 2 and STAGE_2_UPSCALER not in self.manifest.parts:
             raise CheckpointError(f"{self.folder} has no {STAGE_2_UPSCALER}, which two stages need; convert with it")
-        return replace(grid, height=grid.height // stages, width=grid.width // stages), grid
-
-    def _encode_images(
-        self, images: Sequence[ImageCondition], grid: VideoGrid
-    ) -> list[tuple[ImageCondition, VideoLatents]]:
-        return [(image, self.encode_image(image, height=grid.height, width=grid.width)) for image in images]
-
-    def _states(
-        self,
-        grid: VideoGrid,
-        images: Sequence[tuple[ImageCondition, VideoLatents]],
-        latents: Latents | None = None,
-    ) -> tuple[LatentState, LatentState]:
-        """What both modalities start from, with the images placed."""
-        video = video_state(
-            grid,
-            channels=self.configs.transformer.video.in_channels,
-            dtype=self.dtype,
-            latents=None if latents is None else latents.video,
-        )
-        for condition, image in images:
-            if condition.frame == 0:
-                video = replace_frame(video, image, grid=grid, strength=condition.strength)
-            else:
-                video = append_keyframe(video, image, grid=grid, frame=condition.frame, strength=condition.strength)
-        audio = audio_state(
-            audio_latent_length(grid.num_frames, grid.fps, self.configs.audio_vae),
-            self.configs.audio_vae,
-            dtype=self.dtype,
-            latents=None if latents is None else latents.audio,
-        )
-        return video, audio
-
-    def _latents(self, tokens: Pair, grid: VideoGrid) -> Latents:
-        assert tokens.video is not None
-        assert tokens.audio is not None
-        return Latents(
-            video=unpatchify_video(tokens.video[:, : grid.num_tokens], grid),
-            audio=unpatchify_audio(tokens.audio, self.configs.audio_vae),
-        )
+        return grid
 
 
 def load_pipeline(
     checkpoint: str | Path,
     *,
     dtype: Any = None,
-    loras: Sequence[tuple[str | Path, float]] = (),
+    loras: Sequence[Lora | tuple[str | Path, float]] = (),
     offload: Offload = "auto",
     keep_prompts: bool = True,
     progress: Progress | None = None,
@@ -560,14 +534,15 @@ def load_pipeline(
     """Opens a folder made by `python -m convert`. Models are read when first needed.
 
     `dtype` is that of activations: float32 (the reference's numbers; the default on a CPU) or bfloat16 (the default
-    elsewhere). `loras` are files with their strengths, put beside the transformer's packed weights.
+    elsewhere). `loras` are files with their strengths, put beside the transformer's packed weights; a `Lora` may have
+    another strength in the second of two stages.
     `offload` streams the layers of large models from host memory: where a plan says so ("auto"), always ("blocks") or
     never ("none"). `keep_prompts` keeps contexts of prompts on disk.
     Raises CheckpointError for a missing or foreign folder.
     """
-    pairs = [(Path(path), float(strength)) for path, strength in loras]
+    found = [lora if isinstance(lora, Lora) else Lora(Path(lora[0]), float(lora[1])) for lora in loras]
     return Pipeline(
-        Path(checkpoint), dtype=dtype, loras=pairs, offload=offload, keep_prompts=keep_prompts, progress=progress
+        Path(checkpoint), dtype=dtype, loras=found, offload=offload, keep_prompts=keep_prompts, progress=progress
     )
 
 
@@ -575,4 +550,13 @@ def save_mp4(path: str | Path, clip: Clip) -> None:
     """Writes a clip as H.264 with AAC sound. Raises MediaError where it cannot be written."""
     path = Path(path)
     check_writable(path)
+    if not len(clip.frames):
+        raise MediaError("the clip has no frames; save_wav writes its sound")
     write_mp4(path, clip.frames, fps=clip.fps, waveform=clip.waveform, sample_rate_hz=clip.sample_rate_hz)
+
+
+def save_wav(path: str | Path, clip: Clip) -> None:
+    """Writes the sound of a clip as 16-bit PCM. Raises MediaError where it cannot be written."""
+    path = Path(path)
+    check_writable(path)
+    write_wav(path, clip.waveform, clip.sample_rate_hz)

@@ -20,11 +20,12 @@ from rich.table import Table
 from ltx_jax.cache import cache_folder, digest, keep_newest, source_digest, written_whole
 from ltx_jax.cards import Card
 from ltx_jax.checkpoint import Manifest, published_manifest
-from ltx_jax.geometry import VideoGrid
 from ltx_jax.memory import free_bytes
 from ltx_jax.models.attention import AttentionForm
+from ltx_jax.modes import images_of, scales_of
 from ltx_jax.settings import Settings
 from ltx_jax.tiling import TileSize
+from ltx_jax.video import probe_video
 
 Offload = Literal["auto", "none", "blocks"]
 
@@ -47,7 +48,8 @@ TILES = (
 KEPT = 1000  # plans and measured programs in the cache
 # Settings that change no shape: their values are arguments of the compiled programs.
 WITHOUT_MEMORY = (
-    *("prompt", "negative_prompt", "seed", "noise", "image", "image_crf", "steps", "sigmas", "stage_2_sigmas"),
+    *("prompt", "negative_prompt", "seed", "noise", "image_crf", "steps", "sigmas", "stage_2_sigmas"),
+    *("image", "audio", "video", "reference"),  # see `_given`
     *(f"{modality}_{name}" for modality in ("video", "audio") for name in ("rescale", "skip_step")),
 )
 
@@ -159,13 +161,13 @@ def make_plan(
     offload: Offload = "auto",
     attention: AttentionForm = "chunked",
     limit_bytes: int | None = None,
-    loras: Sequence[tuple[Path, float]] = (),
+    loras: Sequence[Path] = (),
     told: Callable[[str], None] = lambda stage: None,
 ) -> Plan:
     """Compiles every stage of a clip for a target and chooses what to stream and how to tile.
 
-    `limit_bytes` is what may be used (`usable_bytes`), `loras` are files with their strengths, `told` hears what is
-    compiled next. Plans are kept in the user's cache folder. A plan may not fit: see `Plan.fits` and `refusal`.
+    `limit_bytes` is what may be used (`usable_bytes`), `loras` are files, `told` hears what is compiled
+    next. Plans are kept in the user's cache folder. A plan may not fit: see `Plan.fits` and `refusal`.
     Raises CardError where the target cannot be compiled for.
     """
     from ltx_jax.planner import Planner
@@ -174,10 +176,10 @@ def make_plan(
     key = digest(
         asdict(manifest) | {"provenance": None, "linear_names": None},
         {name: value for name, value in asdict(settings).items() if name not in WITHOUT_MEMORY},
-        settings.image is not None,
+        _given(settings, tuple(loras)),
         target.target_config() if isinstance(target, Card) else target.device_kind,
         (jnp.dtype(dtype).name, offload, attention),
-        [(str(path), path.stat().st_size, path.stat().st_mtime) for path, _ in loras],
+        [(str(path), path.stat().st_size, path.stat().st_mtime) for path in loras],
         (jax.__version__, source_digest()),
     )
     # The memory of a device at hand is never the same twice: a plan that gave nothing up holds wherever it fits,
@@ -217,10 +219,6 @@ def plan_published(
     on_cpu = target is None and jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
     manifest = published_manifest()
-    grid = VideoGrid(
-        num_frames=settings.num_frames, height=settings.height, width=settings.width, fps=float(settings.fps)
-    )
-    grid.check(stages=settings.num_stages)
     return make_plan(manifest, settings, target=chosen, dtype=dtype, offload=offload, told=told)
 
 
@@ -244,7 +242,7 @@ def refusal(make: Callable[[Settings], Plan], settings: Settings, plan: Plan, *,
     """Why a clip does not fit, and what would: see `nearest_sizes`. `scale` is that of the video VAE."""
     near = nearest_sizes(make, settings, plan, step=scale[1] * settings.num_stages, frames=scale[0])
     sizes = [f"{s.width}x{s.height} with {s.num_frames} frames" for s in near]
-    needs = f"{settings.width}x{settings.height} with {settings.num_frames} frames does not fit {plan.line()}"
+    needs = f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit {plan.line()}"
     if sizes:
         return f"{needs}. What fits: {' or '.join(sizes)}"
     return f"{needs}. No smaller size fits either: a device with more free memory is needed"
@@ -258,13 +256,22 @@ def nearest_sizes(
     `make` plans settings, `asked` is the plan that did not fit; sides are multiples of `step`, frames `frames` k + 1.
     Memory grows in proportion to the number of tokens, so two plans tell where to look, and a third whether it fits.
     """
-    ratio = settings.height / settings.width
+    ratio = asked.height / asked.width
+    settings = replace(settings, aspect=None, megapixels=None)
     sizes = [
-        replace(settings, width=width, height=max(round(width * ratio / step), 1) * step)
-        for width in range(step, settings.width, step)
+        replace(
+            settings,
+            width=width,
+            height=max(round(width * ratio / step), 1) * step,
+            num_frames=asked.num_frames,
+        )
+        for width in range(step, asked.width, step)
     ]
-    lengths = [replace(settings, num_frames=count) for count in range(1, settings.num_frames, frames)]
-    volume = settings.width * settings.height * settings.num_frames
+    lengths = [
+        replace(settings, width=asked.width, height=asked.height, num_frames=count)
+        for count in range(1, asked.num_frames, frames)
+    ]
+    volume = asked.width * asked.height * asked.num_frames
     found = []
     for choices in (sizes, lengths):
         if not choices:
@@ -273,13 +280,24 @@ def nearest_sizes(
         if not smallest.fits:
             continue
         best = choices[0]
-        base = best.width * best.height * best.num_frames
+        base = _volume(best)
         slope = max(asked.peak_bytes - smallest.peak_bytes, 1) / max(volume - base, 1)
         room = (smallest.limit_bytes - smallest.peak_bytes) / slope + base
-        likely = [c for c in choices[1:] if c.width * c.height * c.num_frames <= room]
+        likely = [c for c in choices[1:] if _volume(c) <= room]
         for choice in likely[: -len(likely) - 1 : -max(len(likely) // 8, 1)][:4]:
             if make(choice).fits:
                 best = choice
                 break
         found.append(best)
     return found
+
+
+def _volume(settings: Settings) -> int:
+    return (settings.width or 0) * (settings.height or 0) * (settings.num_frames or 0)
+
+
+def _given(settings: Settings, loras: tuple[Path, ...]) -> list[Any]:
+    """What the files that settings name mean for the shapes of a plan."""
+    images = [(condition.frame, condition.strength) for _, condition in images_of(settings)]
+    video = None if settings.video is None else asdict(probe_video(settings.video))
+    return [images, settings.audio is not None, video, scales_of(settings, loras) if settings.reference else None]

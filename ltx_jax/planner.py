@@ -15,9 +15,10 @@ from flax import nnx
 
 from ltx_jax.cards import Card
 from ltx_jax.checkpoint import Manifest
-from ltx_jax.conditioning import LatentState, audio_state, replace_frame, video_state
+from ltx_jax.clip import sound_length, start
+from ltx_jax.conditions import Frames, Scene, States
 from ltx_jax.denoise import Denoiser, Pair, Prompt, enter, estimate, leave
-from ltx_jax.geometry import VideoGrid, audio_latent_length
+from ltx_jax.geometry import VideoGrid, VideoLatents
 from ltx_jax.load import abstract_component, load_configs
 from ltx_jax.lora import add_loras
 from ltx_jax.memory import Memory, measure, nbytes
@@ -25,9 +26,10 @@ from ltx_jax.models.attention import AttentionForm, set_attention_form
 from ltx_jax.models.connector import Connector
 from ltx_jax.models.gemma import Gemma
 from ltx_jax.models.transformer import Transformer
+from ltx_jax.modes import blank_media, conditions_of, size_of
 from ltx_jax.offload import Layout, Streamed, run_layer
 from ltx_jax.plan import TILES, Offload, Plan, Stage
-from ltx_jax.settings import Settings
+from ltx_jax.settings import Settings, StageSettings
 from ltx_jax.stack import Entered, layer_lists
 from ltx_jax.stages import decode_mel, decode_pixels, encode_pixels, upscale, vocode
 from ltx_jax.text import connect, enter_connector, enter_gemma, leave_connector, leave_gemma, project, read_text
@@ -47,7 +49,7 @@ class Planner:
         offload: Offload,
         attention: AttentionForm,
         limit_bytes: int,
-        loras: Sequence[tuple[Path, float]],
+        loras: Sequence[Path],
         told: Callable[[str], None],
     ):
         """See `make_plan`."""
@@ -61,6 +63,9 @@ class Planner:
         self.loras = loras
         self.told = told
         self.configs = load_configs(manifest)
+        self.grid = size_of(settings, self.configs.video_vae.scale)
+        self.denoising = settings.stages(self.configs.transformer.num_layers, self.grid)
+        self.encoded: list[VideoGrid] = []  # sizes of what is given and encoded
         self.precision = "highest" if dtype == jnp.float32 else "default"
         self.streamed: list[str] = []
         self.abstract: dict[str, Any] = {}
@@ -73,27 +78,23 @@ class Planner:
             self.told(f"shapes of {component}")
             cast = self.dtype if self.dtype != jnp.float32 and component != "vocoder" else None
             model = abstract_component(self.manifest, component, dtype=cast)
-            adapt_component(model, component, self.manifest, attention=self.attention, loras=self.loras)
+            adapt_component(
+                model, component, self.manifest, attention=self.attention, loras=[(path, 1.0) for path in self.loras]
+            )
             self.abstract[component] = model
         return self.abstract[component]
-
-    def grids(self) -> tuple[VideoGrid, ...]:
-        """The grid of each denoising stage."""
-        s = self.settings
-        scale = self.configs.video_vae.scale
-        last = VideoGrid(num_frames=s.num_frames, height=s.height, width=s.width, fps=float(s.fps), scale=scale)
-        if s.num_stages == 1:
-            return (last,)
-        return replace(last, height=last.height // 2, width=last.width // 2), last
 
     # -------------------------------------------------------------------- plan
 
     def plan(self) -> Plan:
-        stages = [*self.text_stages(), *self.image_stages(), *self.denoise_stages()]
-        stages += self.audio_stages()
-        denoising = max(stage.peak_bytes for stage in stages if stage.name.startswith("denoise"))
-        decoding, tile = self.video_stage(min(self.limit_bytes, denoising))
-        stages.append(decoding)
+        stages = [*self.text_stages()]
+        denoising = list(self.denoise_stages())
+        stages += [*self.encoding_stages(), *denoising, *self.audio_stages()]
+        tile = TILES[0]
+        if not self.settings.sound_only:
+            most = max(stage.peak_bytes for stage in denoising)
+            decoding, tile = self.video_stage(min(self.limit_bytes, most))
+            stages.append(decoding)
         weights = {name: nbytes(model) for name, model in self.abstract.items()}
         together = sum(weights.values()) + max(stage.added_bytes for stage in stages)
         s = self.settings
@@ -101,10 +102,10 @@ class Planner:
             target=self.target.title if isinstance(self.target, Card) else self.target.device_kind,
             limit_bytes=self.limit_bytes,
             pipeline=s.pipeline,
-            width=s.width,
-            height=s.height,
-            num_frames=s.num_frames,
-            fps=float(s.fps),
+            width=self.grid.width,
+            height=self.grid.height,
+            num_frames=self.grid.num_frames,
+            fps=self.grid.fps,
             dtype=self.dtype.name,
             stages=tuple(stages),
             offload=tuple(dict.fromkeys(self.streamed)),
@@ -216,15 +217,24 @@ class Planner:
 
     # ---------------------------------------------------------------- denoising
 
-    def states(self, grid: VideoGrid) -> tuple[LatentState, LatentState]:
-        """What both modalities start from; an image where there is one."""
-        channels = self.configs.transformer.video.in_channels
-        video = video_state(grid, channels=channels, dtype=self.dtype)
-        if self.settings.image is not None:
-            image = jnp.zeros((1, 1, grid.latent_height, grid.latent_width, channels), self.dtype)
-            video = replace_frame(video, image, grid=grid, strength=self.settings.image_strength)
-        length = audio_latent_length(grid.num_frames, grid.fps, self.configs.audio_vae)
-        return video, audio_state(length, self.configs.audio_vae, dtype=self.dtype)
+    def states(self, stage: StageSettings) -> States:
+        """What both modalities start from, with all that is given; its sizes are noted in `encoded`."""
+        grid, channels = stage.grid(self.grid), self.configs.transformer.video.in_channels
+        audio = self.configs.audio_vae
+        heard = (1, sound_length(self.configs, grid), audio.latent_bins, audio.latent_channels)
+
+        def encode_frames(frames: Frames, size: VideoGrid) -> VideoLatents:
+            size = replace(size, num_frames=len(frames))
+            self.encoded.append(size)
+            return jnp.zeros((1, size.latent_frames, size.latent_height, size.latent_width, channels), self.dtype)
+
+        scene = Scene(
+            grid=grid, encode_frames=encode_frames, encode_audio=lambda waveform, rate: jnp.zeros(heard, self.dtype)
+        )
+        states = start(self.configs, grid, None, dtype=self.dtype, sound_only=self.settings.sound_only)
+        for condition in conditions_of(self.settings, blank_media(self.settings, self.grid, tuple(self.loras))):
+            states = condition(scene)(states)
+        return states
 
     def prompt(self) -> Prompt:
         length = self.manifest.text_length or 1
@@ -234,20 +244,18 @@ class Planner:
         )
 
     def denoise_stages(self) -> Iterator[Stage]:
-        grids = self.grids()
-        guidance = self.settings.guidance(self.configs.transformer.num_layers)
-        for number, grid in enumerate(grids, 1):
-            name = "denoise" if len(grids) == 1 else f"denoise, stage {number}"
+        for stage in self.denoising:
+            name = "denoise" if len(self.denoising) == 1 else f"denoise, stage {stage.number}"
             self.told(name)
-            if number == 2:
-                yield self.upscale_stage(grids[0])
-            yield self.denoise_stage(name, grid, guidance if number == 1 else None)
+            if stage.number == 2:
+                yield self.upscale_stage(self.denoising[0].grid(self.grid))
+            yield self.denoise_stage(name, stage)
 
-    def denoise_stage(self, name: str, grid: VideoGrid, guidance: Any) -> Stage:
-        states, prompt = self.states(grid), self.prompt()
+    def denoise_stage(self, name: str, stage: StageSettings) -> Stage:
+        states, prompt, guidance = self.states(stage), self.prompt(), stage.guidance
         model = self.model("transformer")
         negative = prompt if guidance is not None else None
-        tokens = Pair(*(state.initial for state in states))
+        tokens = Pair(*(None if state is None else state.initial for state in states))
 
         def denoiser(transformer: Any) -> Denoiser:
             return Denoiser(transformer, states, prompt, negative=negative, guidance=guidance, precision=self.precision)
@@ -349,19 +357,21 @@ class Planner:
         shape = (1, grid.latent_frames, grid.latent_height, grid.latent_width, channels)
         return jax.ShapeDtypeStruct(shape, self.dtype)
 
-    def image_stages(self) -> Iterator[Stage]:
-        if self.settings.image is None:
-            return
-        grid = self.grids()[-1]
-        self.told("encode image")
-        pixels = jax.ShapeDtypeStruct((1, 1, grid.height, grid.width, 3), self.dtype)
-        yield self.stage("encode image", ("video_vae",), self.measure(encode_pixels, self.model("video_vae"), pixels))
+    def encoding_stages(self) -> Iterator[Stage]:
+        """Of what is given, as the states of the denoising stages noted it."""
+        sizes = dict.fromkeys((size.num_frames, size.height, size.width) for size in self.encoded)
+        if sizes:
+            self.told("encode images and video")
+            programs = [
+                self.measure(encode_pixels, self.model("video_vae"), jax.ShapeDtypeStruct((1, *size, 3), self.dtype))
+                for size in sizes
+            ]
+            yield self.stage("encode video" if max(sizes)[0] > 1 else "encode image", ("video_vae",), *programs)
 
     def audio_stages(self) -> Iterator[Stage]:
         self.told("decode audio")
-        _, audio = self.states(self.grids()[0])
         config = self.configs.audio_vae
-        shape = (1, audio.initial.shape[1], config.latent_bins, config.latent_channels)
+        shape = (1, sound_length(self.configs, self.grid), config.latent_bins, config.latent_channels)
         latents = jax.ShapeDtypeStruct(shape, self.dtype)
         vae, vocoder = self.model("audio_vae"), self.model("vocoder")
         mel = jax.eval_shape(decode_mel, vae, latents)
@@ -372,7 +382,7 @@ class Planner:
 
     def video_stage(self, ceiling: int) -> tuple[Stage, TileSize]:
         """Decoding with the largest tiles that need no more than denoising does, or else the smallest."""
-        grid = self.grids()[-1]
+        grid = self.grid
         latents = self.latents(grid)
         vae = self.model("video_vae")
         scale = self.configs.video_vae.scale

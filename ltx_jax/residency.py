@@ -13,6 +13,7 @@ from flax import nnx
 
 from ltx_jax.checkpoint import LAYERED, Manifest
 from ltx_jax.load import load_component
+from ltx_jax.lora import Lora, set_strengths
 from ltx_jax.models.attention import AttentionForm
 from ltx_jax.offload import Streamed
 from ltx_jax.plan import TILES, Plan
@@ -58,7 +59,7 @@ class Residency:
         manifest: Manifest,
         *,
         dtype: Any,
-        loras: Sequence[tuple[Path, float]],
+        loras: Sequence[Lora],
         loading: Callable[[str], Any],
     ):
         """`loading(component)` is a context that is open while a model is read."""
@@ -69,21 +70,40 @@ class Residency:
         self.loading = loading
         self.way = Way()
         self.loaded: dict[str, nnx.Module | Streamed] = {}
+        self.stage_number = 1  # of the stage at work: LoRAs may act otherwise in the second
+        self._strengths: list[float] = []  # that the transformer was loaded with, or given since
+
+    @property
+    def strengths(self) -> list[float]:
+        """Of the LoRAs, in the stage at work."""
+        return [lora.in_stage(self.stage_number) for lora in self.loras]
 
     def get(self, component: str) -> Any:
         """A model, loaded on first use; a `Streamed` one where the way says so."""
+        if component == "transformer" and component in self.loaded and self._strengths != self.strengths:
+            self._set_strengths(self.loaded[component])
         if component not in self.loaded:
             with self.loading(component):
                 self.loaded[component] = self._load(component)
         return self.loaded[component]
+
+    def _set_strengths(self, transformer: nnx.Module | Streamed) -> None:
+        if isinstance(transformer, Streamed):  # its layers lie packed in host memory: they are packed anew
+            self.free("transformer")
+        else:
+            set_strengths(transformer, self.strengths)
+            self._strengths = self.strengths
 
     def _load(self, component: str) -> nnx.Module | Streamed:
         # Plain weights follow the compute dtype, as in the reference; the vocoder is always float32 inside.
         cast = self.dtype if self.dtype != jnp.float32 and component != "vocoder" else None
 
         def adapt(model: nnx.Module) -> None:
-            adapt_component(model, component, self.manifest, attention=self.way.attention, loras=self.loras)
+            loras = [(lora.path, strength) for lora, strength in zip(self.loras, self.strengths, strict=True)]
+            adapt_component(model, component, self.manifest, attention=self.way.attention, loras=loras)
 
+        if component == "transformer":
+            self._strengths = self.strengths
         offload = component in self.way.offload
         return load_component(self.folder, self.manifest, component, dtype=cast, offload=offload, adapt=adapt)
 

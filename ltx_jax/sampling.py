@@ -255,6 +255,14 @@ def res_2s(predict: Predict, tokens: Tree, sigmas: Sigmas, *, noise: Noise, eta:
     return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), wide, like)
 
 
+def num_calls(sampler: Callable[..., Tree], sigmas: Sigmas) -> int:
+    """How often a sampler calls the model on its way down: once a step, but for res_2s."""
+    steps = len(sigmas) - 1
+    if getattr(sampler, "func", sampler) is res_2s:
+        return 2 * steps + int(sigmas[-1] == 0)
+    return steps
+
+
 def normalised_noise(noise: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Noise with mean 0 and deviation 1 as a whole, then over its last two axes (how res_2s draws it)."""
     noise = (noise - jnp.mean(noise)) / jnp.std(noise, ddof=1)

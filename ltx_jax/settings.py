@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
+import tyro
 
+from ltx_jax.geometry import VideoGrid, size_of_aspect
 from ltx_jax.guidance import Guidance
 from ltx_jax.sampling import DISTILLED_SIGMAS, DISTILLED_SIGMAS_STAGE_2, ltx2_sigmas
 
-PipelineName = Literal["distilled", "dev", "two-stage"]
+PipelineName = Literal["distilled", "dev", "two-stage", "dev-two-stage", "hq"]
+PIPELINES: tuple[PipelineName, ...] = get_args(PipelineName)
+Several = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # a flag that may be given several times
+WIDTH, HEIGHT, NUM_FRAMES, FPS = 768, 512, 121, 24.0  # where neither flags nor a given clip say more
 
 # Ours, in the spirit of the released pipelines' (a long list of the same faults): it is not their exact text.
 NEGATIVE_PROMPT = (
@@ -23,6 +28,26 @@ DEV_VIDEO = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, modality_scale=3
 DEV_AUDIO = replace(DEV_VIDEO, cfg_scale=7.0)
 DEV_LAYERS = 48
 DEV_STEPS = 30
+# The high-quality pipeline: half as many steps of a second-order sampler.
+HQ_VIDEO = Guidance(cfg_scale=3.0, rescale=0.45, modality_scale=3.0)
+HQ_AUDIO = Guidance(cfg_scale=7.0, rescale=1.0, modality_scale=3.0)
+HQ_STEPS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """One pass of denoising."""
+
+    number: int  # from 1
+    divisor: int  # of the clip's height and width
+    sigmas: np.ndarray
+    guidance: tuple[Guidance, Guidance] | None
+    sampler: Literal["euler", "res_2s"] = "euler"
+    noise_scale: float = 1.0  # below 1: it begins from the latents of the stage before
+
+    def grid(self, whole: VideoGrid) -> VideoGrid:
+        """The size of this stage of a clip."""
+        return replace(whole, height=whole.height // self.divisor, width=whole.width // self.divisor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +58,22 @@ class Settings:
     """What the clip shows and sounds like."""
     pipeline: PipelineName = "distilled"
     """distilled: 8 fixed sigmas, no guidance. dev: guided, `steps` of the shifted schedule. two-stage: half size,
-    latent upscale by two, 3 more steps; guided in its first stage where a scale is given."""
-    width: int = 768
-    """Pixels; a multiple of 32, of 64 for two stages."""
-    height: int = 512
-    """Pixels; a multiple of 32, of 64 for two stages."""
-    num_frames: int = 121
-    """Frames of the clip: 8k + 1."""
-    fps: float = 24.0
-    """Frames a second."""
+    latent upscale by two, 3 more steps; guided in its first stage where a scale is given. dev-two-stage: the same,
+    guided as dev is. hq: dev-two-stage with 15 steps of a second-order sampler."""
+    width: int | None = None
+    """Pixels (768, or as the given video); a multiple of 32, of 64 for two stages."""
+    height: int | None = None
+    """Pixels (512, or as the given video); a multiple of 32, of 64 for two stages."""
+    aspect: str | None = None
+    """In place of width and height: a shape, as 9:16; the nearest legal size of `megapixels` is taken."""
+    megapixels: float | None = None
+    """With `aspect`: millions of pixels a frame (0.4)."""
+    num_frames: int | None = None
+    """Frames of the clip: 8k + 1 (121, or as the given video)."""
+    fps: float | None = None
+    """Frames a second (24, or as the given video)."""
     steps: int | None = None
-    """Denoising steps of a guided run (30)."""
+    """Denoising steps of a guided run (30; hq 15)."""
     seed: int = 10
     """Of the noise: the same seed gives the same clip."""
     negative_prompt: str = NEGATIVE_PROMPT
@@ -70,12 +100,33 @@ class Settings:
     """Steps between which the last guided audio is used again; 0 is none."""
     stg_blocks: tuple[int, ...] | None = None
     """Blocks whose self-attention spatio-temporal guidance skips (dev: 28 of 48)."""
-    image: Path | None = None
-    """An image that the clip starts from."""
+    image: Several = ()
+    """An image that the clip shows, as PATH, PATH@FRAME or PATH@FRAME:STRENGTH; may be given several times. At frame 0
+    it is the first frame, elsewhere (-1 is the last frame) a keyframe that the clip passes through."""
     image_strength: float = 1.0
-    """1: the first frame is the image; 0: ignored."""
+    """Of images that name none. 1: the frame is the image; 0: ignored."""
+    interpolate: bool = False
+    """Keyframe interpolation: the image at frame 0 is a keyframe like the others, not the first frame itself."""
     image_crf: int | None = 33
     """Quality of the H.264 round trip that the image goes through first, as in training; None: no round trip."""
+    audio: Path | None = None
+    """A sound file, or a clip with sound, that the clip is made for; it keeps this sound."""
+    video: Path | None = None
+    """A clip to work on: see `retake`."""
+    retake: str | None = None
+    """START:END in seconds: what of `video` is made anew; the rest stays."""
+    keep_audio: bool = False
+    """Retake the picture alone."""
+    keep_video: bool = False
+    """Retake the sound alone."""
+    reference: Path | None = None
+    """A clip that an IC-LoRA reads (`--lora`): depth, pose, edges or whatever it was trained on."""
+    reference_strength: float = 1.0
+    """1: the reference is as it is; below, it is noised with the clip."""
+    reference_attention: float = 1.0
+    """1: full attention between clip and reference; 0: none."""
+    sound_only: bool = False
+    """Make the sound alone, without a picture."""
     noise: Path | None = None
     """A safetensors file with the noise to start from instead of the seed's: in.video_noise and in.audio_noise, for two
     stages in.stage1_video_noise and so on."""
@@ -86,15 +137,33 @@ class Settings:
 
     @property
     def num_stages(self) -> int:
-        return 2 if self.pipeline == "two-stage" else 1
+        return 1 if self.pipeline in ("distilled", "dev") else 2
+
+    def grid(self, scale: tuple[int, int, int], clip: VideoGrid | None = None) -> VideoGrid:
+        """The size of the clip, `clip` being that of a given video. Raises ValueError for a shape that is none."""
+        height, width = self.height, self.width
+        if self.aspect is not None:
+            height, width = size_of_aspect(self.aspect, self.megapixels or 0.4, step=scale[1] * self.num_stages)
+        if clip is not None:
+            # As near to the given video as sizes go.
+            step, frames = scale[1] * self.num_stages, scale[0]
+            height = height or max(round(clip.height / step), 1) * step
+            width = width or max(round(clip.width / step), 1) * step
+            num_frames = self.num_frames or (clip.num_frames - 1) // frames * frames + 1
+            fps = self.fps or clip.fps
+        else:
+            height, width, num_frames = height or HEIGHT, width or WIDTH, self.num_frames or NUM_FRAMES
+            fps = self.fps or FPS
+        return VideoGrid(num_frames=num_frames, height=height, width=width, fps=float(fps), scale=scale)
 
     def check(self) -> None:
         """Raises ValueError for what no checkpoint could do; sizes are checked against the checkpoint's own grid."""
-        names = ("distilled", "dev", "two-stage")
-        if self.pipeline not in names:
-            raise ValueError(f"pipeline must be one of {', '.join(names)}, got {self.pipeline!r}")
-        if not 0 <= self.image_strength <= 1:
-            raise ValueError(f"image_strength must be from 0 to 1, got {self.image_strength}")
+        if self.pipeline not in PIPELINES:
+            raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {self.pipeline!r}")
+        for name in ("image_strength", "reference_strength", "reference_attention"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        self._check_modes()
         if self.image_crf is not None and not 0 <= self.image_crf <= 51:
             raise ValueError(f"image_crf must be from 0 (best) to 51, got {self.image_crf}")
         if not 0 <= self.seed < 2**63:
@@ -102,9 +171,45 @@ class Settings:
         self.schedule()
         self.second_schedule()
 
+    def _check_modes(self) -> None:
+        """Raises ValueError for modes that exclude each other, or lack what they work on."""
+        if self.aspect is not None and (self.width is not None or self.height is not None):
+            raise ValueError("aspect chooses width and height; give one or the other")
+        if self.megapixels is not None and self.aspect is None:
+            raise ValueError("megapixels goes with aspect, such as --aspect 9:16 --megapixels 0.9")
+        if (self.retake is None) != (self.video is None):
+            raise ValueError("video and retake go together: --video clip.mp4 --retake START:END")
+        if self.retake is not None:
+            self.window()
+            if self.num_stages != 1:
+                raise ValueError(f"retake works at one size; {self.pipeline} has two stages: use distilled or dev")
+            if self.keep_audio and self.keep_video:
+                raise ValueError("keep_audio and keep_video together leave nothing to retake")
+            if self.audio is not None:
+                raise ValueError("retake keeps or remakes the sound of its video; audio excludes it")
+        elif self.keep_audio or self.keep_video:
+            raise ValueError("keep_audio and keep_video go with retake")
+        if self.sound_only:
+            given = [name for name in ("image", "audio", "video", "reference") if getattr(self, name)]
+            if given:
+                raise ValueError(f"sound alone is made from a prompt alone; {', '.join(given)} cannot be used")
+            if self.num_stages != 1:
+                raise ValueError(f"sound has no second stage; use distilled or dev, not {self.pipeline}")
+
+    def window(self) -> tuple[float, float]:
+        """Start and end of `retake` in seconds. Raises ValueError for what is no window."""
+        start, colon, end = (self.retake or "").partition(":")
+        try:
+            begin, stop = float(start or 0), float(end)
+        except ValueError:
+            colon, begin, stop = "", 0.0, 0.0
+        if not colon or not 0 <= begin < stop:
+            raise ValueError(f"retake must be START:END in seconds, as 1.5:4, got {self.retake!r}")
+        return begin, stop
+
     @property
     def guided(self) -> bool:
-        return self.pipeline == "dev" or any(
+        return self.pipeline in ("dev", "dev-two-stage", "hq") or any(
             getattr(self, field.name) is not None
             for field in fields(self)
             if field.name.startswith(("video_", "audio_")) or field.name == "stg_blocks"
@@ -114,7 +219,9 @@ class Settings:
         """Video's and audio's guidance for a transformer of `num_layers` blocks; None if nothing is guided."""
         if not self.guided:
             return None
-        if self.pipeline == "dev":
+        if self.pipeline == "hq":
+            defaults = HQ_VIDEO, HQ_AUDIO
+        elif self.pipeline in ("dev", "dev-two-stage"):
             # A transformer of another depth skips the block at the same relative depth.
             blocks = tuple(block * num_layers // DEV_LAYERS for block in DEV_VIDEO.stg_blocks)
             defaults = replace(DEV_VIDEO, stg_blocks=blocks), replace(DEV_AUDIO, stg_blocks=blocks)
@@ -129,14 +236,35 @@ class Settings:
                 raise ValueError(f"{modality}_stg_scale needs stg_blocks, the transformer blocks to skip")
         return result[0], result[1]
 
-    def schedule(self) -> np.ndarray:
+    def stages(self, num_layers: int, grid: VideoGrid) -> tuple[StageSettings, ...]:
+        """The passes of denoising that make a clip of this size. Raises as `guidance` and the schedules do."""
+        sampler = "res_2s" if self.pipeline == "hq" else "euler"
+        half = replace(grid, height=grid.height // 2, width=grid.width // 2)
+        first = StageSettings(
+            number=1,
+            divisor=self.num_stages,
+            # Only the high-quality pipeline shifts its schedule by the real number of tokens.
+            sigmas=self.schedule(num_tokens=half.num_tokens if self.pipeline == "hq" else 4096),
+            guidance=self.guidance(num_layers),
+            sampler=sampler,
+        )
+        if self.num_stages == 1:
+            return (first,)
+        sigmas = self.second_schedule()
+        second = StageSettings(
+            number=2, divisor=1, sigmas=sigmas, guidance=None, sampler=sampler, noise_scale=float(sigmas[0])
+        )
+        return first, second
+
+    def schedule(self, *, num_tokens: int = 4096) -> np.ndarray:
         """The sigmas of the only or first stage. Raises ValueError for steps that the pipeline does not have."""
         if self.sigmas is not None:
             return _levels("sigmas", self.sigmas)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.guided:
-            return ltx2_sigmas(self.steps or DEV_STEPS)
+            steps = HQ_STEPS if self.pipeline == "hq" else DEV_STEPS
+            return ltx2_sigmas(self.steps or steps, num_tokens=num_tokens)
         fixed = len(DISTILLED_SIGMAS) - 1
         if self.steps not in (None, fixed):
             raise ValueError(

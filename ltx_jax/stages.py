@@ -29,6 +29,11 @@ def decode_pixels(vae: VideoVAE, latents: VideoLatents) -> Pixels:
 
 
 @jax.jit
+def encode_mel(vae: AudioVAE, mel: Mel) -> AudioLatents:
+    return vae.encode(mel)
+
+
+@jax.jit
 def decode_mel(vae: AudioVAE, latents: AudioLatents) -> Mel:
     return vae.decode(latents)
 

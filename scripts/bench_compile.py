@@ -53,9 +53,9 @@ def compile_once(blocks: int, size: tuple[int, int, int], card: str | None) -> d
         loras=(),
         told=lambda stage: None,
     )
-    states = planner.states(planner.grids()[-1])
+    states = planner.states(planner.denoising[-1])
     denoiser = Denoiser(planner.model("transformer"), states, planner.prompt(), precision=planner.precision)
-    arguments = denoiser.arguments(1.0, Pair(*(state.initial for state in states)))
+    arguments = denoiser.arguments(1.0, Pair(*(None if state is None else state.initial for state in states)))
     sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if hasattr(x, "dtype") else x, arguments

@@ -205,7 +205,8 @@ class Release:
             self.between_stages(pipe, settings, steps, judge)
         if "out.image_latent" in reference and image is not None:
             condition = ImageCondition(image=image)
-            ours = pipe.encode_image(condition, height=settings.height, width=settings.width)
+            grid = pipe.check(settings)
+            ours = pipe.encode_image(condition, height=grid.height, width=grid.width)
             judge.add("out.image_latent", rearrange(ours, "b f h w c -> b c f h w"), PASS_TOLERANCE, "image")
         if reference.names("out.frames"):
             judge.frames(np.concatenate(list(pipe.decode_video(latents.video))))
@@ -265,7 +266,8 @@ class Release:
 
     def between_stages(self, pipe: Pipeline, settings: Settings, steps: dict, judge: "Judge") -> None:
         """The first stage's latents are its last estimate; the second starts from them, upscaled."""
-        first, _ = pipe.check(settings)
+        stages = settings.stages(pipe.configs.transformer.num_layers, pipe.check(settings))
+        first = stages[0].grid(pipe.check(settings))
         last = steps[1, max(step for stage, step in steps if stage == 1)]
         latents = Latents(
             video=unpatchify_video(last.video[:, : first.num_tokens], first),

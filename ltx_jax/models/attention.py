@@ -6,13 +6,13 @@ Source: `attention.py` and `feed_forward.py` in Lightricks/LTX-2; Vaswani et al.
 """
 
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ltx_jax.models.rope import Rotary, apply_rotary
 
@@ -28,24 +28,45 @@ ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
 SLICE_BYTES = 2**28  # of float32 scores that one sample, or one slice of its queries, may need
 
 
+class GroupBias(NamedTuple):
+    """A bias that only the groups of query and key decide; never in memory as a whole where there are many tokens."""
+
+    table: Float[Array, "groups groups"]
+    group: Int[Array, " tokens"]
+
+    def rows(self, group: Int[Array, " queries"]) -> Float[Array, "1 1 queries tokens"]:
+        """The bias of queries of these groups to all tokens."""
+        return self.table[group][:, self.group][None, None]
+
+
 def mask_to_bias(mask: Float[Array, "batch queries keys"]) -> Float[Array, "batch 1 queries keys"]:
     """What is added to attention scores for a mask in [0, 1]: `log(mask)`, the smallest finite number where it is 0."""
+    return log_mask(mask)[:, None]
+
+
+def log_mask(mask: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`log(mask)` of a mask in [0, 1], the smallest finite number where it is 0."""
     mask = mask.astype(jnp.float32)
-    bias = jnp.where(mask > 0, jnp.log(jnp.maximum(mask, jnp.finfo(jnp.float32).tiny)), jnp.finfo(jnp.float32).min)
-    return bias[:, None]
+    return jnp.where(mask > 0, jnp.log(jnp.maximum(mask, jnp.finfo(jnp.float32).tiny)), jnp.finfo(jnp.float32).min)
 
 
-def attend(q: Queries, k: Keys, v: Keys, *, bias: ScoreBias | None = None, form: AttentionForm = "chunked") -> Queries:
+def attend(
+    q: Queries, k: Keys, v: Keys, *, bias: ScoreBias | GroupBias | None = None, form: AttentionForm = "chunked"
+) -> Queries:
     """Softmax attention of every head, scores in float32; `bias` is added to them.
 
     "cudnn" needs a card and 16-bit values, and so leaves float32 and biased attention to "chunked".
     """
     if form == "cudnn" and bias is None and q.dtype != jnp.float32:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    groups = bias if isinstance(bias, GroupBias) else None
+    dense = None if isinstance(bias, GroupBias) else bias
     queries, keys = q.shape[1], k.shape[1]
     size = SLICE_BYTES // (4 * q.shape[2] * keys)  # queries a slice
     if size >= queries:
-        return jax.nn.dot_product_attention(q, k, v, bias=bias)
+        if groups is not None:
+            dense = groups.rows(groups.group)
+        return jax.nn.dot_product_attention(q, k, v, bias=dense)
     size = max(size // 64, 1) * 64
     num_slices = -(-queries // size)
     padding = num_slices * size - queries
@@ -54,16 +75,21 @@ def attend(q: Queries, k: Keys, v: Keys, *, bias: ScoreBias | None = None, form:
         q, k, v, bias = arrays
         q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
         slices = rearrange(q, "(n s) h d -> n s h d", s=size)
-        if bias is None or bias.shape[1] == 1:  # one row of bias serves all queries
+        if groups is not None:
+            rows, group = groups.rows, rearrange(jnp.pad(groups.group, (0, padding)), "(n s) -> n s", s=size)
+            y = jax.lax.map(
+                lambda one: jax.nn.dot_product_attention(one[0], k, v, bias=rows(one[1])[0]), (slices, group)
+            )
+        elif bias is None or bias.shape[1] == 1:  # one row of bias serves all queries
             y = jax.lax.map(lambda q: jax.nn.dot_product_attention(q, k, v, bias=bias), slices)
         else:
             bias = rearrange(jnp.pad(bias, ((0, 0), (0, padding), (0, 0))), "one (n s) k -> n one s k", s=size)
             y = jax.lax.map(lambda one: jax.nn.dot_product_attention(one[0], k, v, bias=one[1]), (slices, bias))
         return rearrange(y, "n s h d -> (n s) h d")[:queries]
 
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (q.shape[0], *bias.shape[1:]))
-    return jax.lax.map(one_sample, (q, k, v, bias))
+    if dense is not None:
+        dense = jnp.broadcast_to(dense, (q.shape[0], *dense.shape[1:]))
+    return jax.lax.map(one_sample, (q, k, v, dense))
 
 
 @cache
@@ -130,7 +156,7 @@ class Attention(nnx.Module):
         *,
         rotary: Rotary | None = None,
         context_rotary: Rotary | None = None,
-        bias: Float[Array, "#batch 1 #queries keys"] | None = None,
+        bias: Float[Array, "#batch 1 #queries keys"] | GroupBias | None = None,
         keep: Float[Array, "batch"] | None = None,
     ) -> Tokens:
         """Attends. `context_rotary` defaults to `rotary`; `bias` is added to the scores of every head.

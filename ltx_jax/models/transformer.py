@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ltx_jax.abstract import tree_dataclass
 from ltx_jax.config import StreamConfig, TransformerConfig
 from ltx_jax.models.adaln import AdaLN, layer_norm, modulate, rms_norm
-from ltx_jax.models.attention import Attention, FeedForward, Tokens, mask_to_bias
+from ltx_jax.models.attention import Attention, FeedForward, GroupBias, Tokens, log_mask, mask_to_bias
 from ltx_jax.models.rope import Rotary, position_fractions, rotary_tables
 from ltx_jax.stack import Entered, run_layers
 
@@ -37,6 +37,9 @@ class StreamInput:
     context: Float[Array, "batch keys context_dim"]
     context_mask: Float[Array, "batch keys"] | None = None
     self_mask: Float[Array, "#batch tokens tokens"] | None = None  # in [0, 1]; fractions weaken attention
+    # The same where only groups of tokens differ: the group of each token, and the mask between groups.
+    group: Int[Array, " tokens"] | None = None
+    affinity: Float[Array, "groups groups"] | None = None
     # Where few timesteps are shared by many tokens: the column of `timesteps` that each token has.
     level: Int[Array, " tokens"] | None = None
     enabled: bool = field(default=True, metadata={"static": True})
@@ -76,7 +79,7 @@ class Conditioning:
     cross_rotary: Rotary | None
     context: Float[Array, "batch keys context_dim"]
     context_bias: Float[Array, "batch 1 1 keys"] | None
-    self_bias: Float[Array, "#batch 1 tokens tokens"] | None
+    self_bias: Float[Array, "#batch 1 tokens tokens"] | GroupBias | None
     enabled: bool = field(metadata={"static": True})
 
     def spread(self, rows: Float[Array, "batch levels dim"]) -> Float[Array, "batch #tokens dim"]:
@@ -254,7 +257,7 @@ class Stream(nnx.Module):
             cross_rotary=cross_rotary,
             context=x.context.astype(dtype),
             context_bias=None if x.context_mask is None else mask_to_bias(x.context_mask[:, None, :]),
-            self_bias=None if x.self_mask is None else mask_to_bias(x.self_mask),
+            self_bias=_self_bias(x),
             enabled=x.enabled,
         )
         return conditioning, embedding
@@ -269,6 +272,12 @@ class Stream(nnx.Module):
         table = self.scale_shift_table.get_value().astype(x.dtype)
         shift, scale = spread(table[0] + embedding, level), spread(table[1] + embedding, level)
         return self.proj_out(modulate(layer_norm(x, self.model.eps), shift, scale))
+
+
+def _self_bias(x: StreamInput) -> Float[Array, "#batch 1 tokens tokens"] | GroupBias | None:
+    if x.group is not None and x.affinity is not None:
+        return GroupBias(log_mask(x.affinity), x.group)
+    return None if x.self_mask is None else mask_to_bias(x.self_mask)
 
 
 class Transformer(nnx.Module):

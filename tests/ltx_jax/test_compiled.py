@@ -1,6 +1,5 @@
 """The denoising step as it is compiled for a card: nothing large is there twice, and memory is what we say it is."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,9 +38,9 @@ def lowered(planner: Planner) -> Any:
     """The step of the last stage, compiled."""
     from ltx_jax.denoise import Denoiser, Pair, estimate
 
-    states = planner.states(planner.grids()[-1])
+    states = planner.states(planner.denoising[-1])
     denoiser = Denoiser(planner.model("transformer"), states, planner.prompt(), precision="default")
-    arguments = denoiser.arguments(1.0, Pair(*(state.initial for state in states)))
+    arguments = denoiser.arguments(1.0, Pair(*(None if state is None else state.initial for state in states)))
     sharding = jax.sharding.SingleDeviceSharding(planner.target.device())
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) if hasattr(x, "dtype") else x, arguments
@@ -90,8 +89,9 @@ def test_temporary_memory_is_as_stated(step):
 @needs_card_compiler
 def test_an_image_adds_one_row_of_modulation_not_one_a_token(step):
     plain = step[1].memory_analysis().temp_size_in_bytes
-    made = planner(4, Settings(width=768, height=512, num_frames=121, image=Path("any.png")))
-    states = made.states(made.grids()[-1])
+    made = planner(4, Settings(width=768, height=512, num_frames=121, image=("any.png",)))
+    states = made.states(made.denoising[-1])
+    assert states[0] is not None
     assert states[0].shares.shape == (2,)
     with_image = lowered(made).memory_analysis().temp_size_in_bytes
     # Modulation of every token would be 6,144 rows of 9 x 4096 values: 0.42 GiB.

@@ -88,7 +88,7 @@ def test_weights_of_a_stage_are_those_that_loading_puts_on_the_device(roomy, min
 
 
 def test_two_stages_and_an_image_have_their_own_stages(manifest, tmp_path):
-    plan = plan_of(manifest, width=128, height=128, pipeline="two-stage", image=tmp_path / "any.png")
+    plan = plan_of(manifest, width=128, height=128, pipeline="two-stage", image=(str(tmp_path / "any.png"),))
     names = [stage.name for stage in plan.stages]
     assert "encode image" in names
     assert names.index("denoise, stage 1") < names.index("upscale") < names.index("denoise, stage 2")

@@ -1,0 +1,134 @@
+"""How a clip comes about: what is given is encoded, then noise is denoised in one stage or two.
+
+Source: the pipelines `ti2vid_one_stage`, `ti2vid_two_stages` (and its HQ form), `distilled`, `keyframe_interpolation`,
+`a2vid_two_stage`, `retake`, `ic_lora` and `t2a_one_stage` in Lightricks/LTX-2, ltx_pipelines.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from ltx_jax.checkpoint import Configs
+from ltx_jax.conditioning import audio_state, video_state
+from ltx_jax.conditions import Condition, Scene, States
+from ltx_jax.denoise import Pair, Prompt
+from ltx_jax.geometry import VideoGrid, audio_latent_length, unpatchify_audio, unpatchify_video
+from ltx_jax.noise import Noise
+from ltx_jax.replay import Replay
+from ltx_jax.sampling import euler, res_2s
+from ltx_jax.settings import Settings, StageSettings
+
+if TYPE_CHECKING:
+    from ltx_jax.pipeline import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What denoising gives: normalised latents of both modalities. Where only sound was made, of no frames."""
+
+    video: Float[Array, "1 frames height width video_channels"]
+    audio: Float[Array, "1 time bins audio_channels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A finished clip; of no frames where only sound was asked for."""
+
+    frames: UInt8[np.ndarray, "frames height width 3"]
+    fps: float
+    waveform: Float[np.ndarray, "samples channels"]  # in [-1, 1]
+    sample_rate_hz: int
+    latents: Latents
+
+
+# called after every model call: stage, step, sigma, noisy tokens, the model's denoised tokens
+Callback = Callable[[int, int, float, Pair, Pair], None]
+
+
+def make_latents(
+    pipe: "Pipeline",
+    settings: Settings,
+    grid: VideoGrid,
+    conditions: Sequence[Condition],
+    *,
+    positive: Prompt,
+    negative: Prompt | None,
+    noise: Mapping[str, Any] | None,
+    callback: Callback | None = None,
+    replay: Replay | None = None,
+) -> Latents:
+    """Denoises a clip of a size: every stage with all that is given. See `Pipeline.generate_latents`."""
+    stages = settings.stages(pipe.configs.transformer.num_layers, grid)
+    source = Noise(settings.seed, noise, pipe.dtype)
+    scenes = [scene(pipe, grid, stage) for stage in stages]
+    # What is given is encoded for all stages before the transformer needs the room.
+    placed = [[condition(scene) for condition in conditions] for scene in scenes]
+    latents, first = None, None
+    for stage, scene_, placements in zip(stages, scenes, placed, strict=True):
+        if latents is not None:
+            latents = replace(latents, video=pipe.upscale(latents.video))
+        states = start(pipe.configs, scene_.grid, latents, dtype=pipe.dtype, sound_only=settings.sound_only)
+        for place in placements:
+            states = place(states)
+        several = len(stages) > 1
+        tokens = pipe.denoise(
+            states,
+            source.draw(states, f"stage{stage.number}_" if several else ""),
+            positive,
+            sigmas=stage.sigmas,
+            noise_scale=stage.noise_scale,
+            negative=negative,
+            guidance=stage.guidance,
+            sampler=euler if stage.sampler == "euler" else partial(res_2s, noise=source.fresh),
+            callback=callback and partial(callback, stage.number),
+            memory=replay and replay.stage(f"stage{stage.number}"),
+            stage_number=stage.number,
+            stage=f"denoise, stage {stage.number}" if several else "denoise",
+        )
+        latents = latents_of(pipe, tokens, scene_.grid)
+        first = first or latents
+    assert latents is not None
+    assert first is not None
+    # A guided first stage has the better sound; the distilled one gains from the second.
+    return latents if stages[0].guidance is None else replace(latents, audio=first.audio)
+
+
+def scene(pipe: "Pipeline", grid: VideoGrid, stage: StageSettings) -> Scene:
+    """A stage of a clip of a size, as conditions see it."""
+    grid = stage.grid(grid)
+    return Scene(
+        grid=grid,
+        encode_frames=pipe.encode_frames,
+        encode_audio=partial(pipe.encode_audio, num_latents=sound_length(pipe.configs, grid), seconds=grid.seconds),
+    )
+
+
+def sound_length(configs: Configs, grid: VideoGrid) -> int:
+    """Latent frames of the sound of a clip."""
+    return audio_latent_length(grid.num_frames, grid.fps, configs.audio_vae)
+
+
+def start(configs: Configs, grid: VideoGrid, latents: Latents | None, *, dtype: Any, sound_only: bool) -> States:
+    """What both modalities start from: nothing, or the latents of an earlier stage."""
+    seen, heard = (None, None) if latents is None else (latents.video, latents.audio)
+    audio = audio_state(sound_length(configs, grid), configs.audio_vae, dtype=dtype, latents=heard)
+    if sound_only:
+        return None, audio
+    return video_state(grid, channels=configs.transformer.video.in_channels, dtype=dtype, latents=seen), audio
+
+
+def latents_of(pipe: "Pipeline", tokens: Pair, grid: VideoGrid) -> Latents:
+    """The clip's own tokens as latents; what was appended is cut off."""
+    video, audio = tokens
+    assert audio is not None
+    if video is None:
+        video = jnp.zeros((1, 0, pipe.configs.transformer.video.out_channels), pipe.dtype)
+    return Latents(
+        video=unpatchify_video(video[:, : grid.num_tokens], grid),
+        audio=unpatchify_audio(audio, pipe.configs.audio_vae),
+    )
