@@ -10,6 +10,7 @@ from hlwq_jax.packing import Packing, pack, packed_length, unpack
 from hlwq_jax.planes import pack_planes, plane_widths, planes_from_stream, unpack_indices, unpack_planes
 from hlwq_jax.quantize import BEST_RECIPE, PUBLISHED_RECIPE, Quantized, Recipe, dequantize, quantize, random_signs
 from hlwq_jax.reader import Package, find_sidecar, find_tensors, open_folder, read_package
+from hlwq_jax.slices import dequantize_in_slices
 from hlwq_jax.stored import StoredWeight
 from hlwq_jax.tensors import FormatError, LazyTensor, TensorFile, TensorInfo
 from hlwq_jax.trellis import trellis_encode, trellis_indices, trellis_table
@@ -37,6 +38,7 @@ __all__ = [
     "check_fused",
     "choose_form",
     "dequantize",
+    "dequantize_in_slices",
     "dequantize_planes",
     "find_sidecar",
     "find_tensors",

@@ -11,6 +11,7 @@ from hlwq_jax.energy import Measurement, conclude, measure, measure_tables, obse
 from hlwq_jax.packing import Packing, packed_length, unpack
 from hlwq_jax.planes import pack_planes, plane_widths, planes_from_stream
 from hlwq_jax.quantize import Quantized, dequantize, scale_centroids
+from hlwq_jax.slices import dequantize_in_slices
 from hlwq_jax.tensors import FormatError, LazyTensor
 
 _RUN_CODES = 2**19  # that are unpacked at a time: they stay in cache
@@ -114,13 +115,13 @@ class StoredWeight:
         return scale_centroids(self.centroids, self.block_size)
 
     def dequantize(self) -> BFloat16[np.ndarray, "out in"]:
-        """The decoded weight, after the checks of `check`."""
+        """The decoded weight, after the checks of `check`, to the rounding of `dequantize_planes`."""
         in_features = self._need_in_features()
         assert self.out_features is not None
-        codes, norms, _ = self._checked()
         if not self.flattened:
-            codes, norms = (x.reshape(self.out_features, -1) for x in (codes, norms))
-            return dequantize(codes, norms, self.centroids, block_size=self.block_size, in_features=in_features)
+            levels = {"scaled_centroids": self.scaled_centroids, "bits": self.bits, "block_size": self.block_size}
+            return dequantize_in_slices(*self.checked_planes(), **levels, in_features=in_features)
+        codes, norms, _ = self._checked()
         blocks = dequantize(codes, norms[:, None], self.centroids, block_size=self.block_size)
         return blocks.reshape(-1)[: self.out_features * in_features].reshape(self.out_features, in_features)
 

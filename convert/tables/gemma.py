@@ -31,7 +31,7 @@ GEMMA: Table = {
     "norm": ("norm", NORM),
 }
 
-# Whole names in the published files, beside the text model: images are not read and no text is generated.
+# Whole names in the published files, beside the text model: images are not read.
 SKIP = (
     "vision_tower.*",
     "model.vision_tower.*",
