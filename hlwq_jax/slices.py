@@ -1,7 +1,5 @@
 """A whole weight decoded on the host, some rows at a time, so that what it passes through stays in the caches."""
 
-from itertools import chain, pairwise
-
 import jax
 import ml_dtypes
 import numpy as np
@@ -34,10 +32,13 @@ def dequantize_in_slices(
         parts = lo[rows], None if hi is None else hi[rows], norms[rows], scaled_centroids
         return rows, _decode(*parts, bits=bits, block_size=block_size, history_bits=history_bits, signs=signs)
 
-    # Each is copied while the next one is decoded.
-    begun = map(begin, range(0, out_features, step))
-    for (rows, part), _ in pairwise(chain(begun, [None])):
-        weight[rows] = np.asarray(part)[:, :in_features]
+    waiting = None  # each is copied while the next one is decoded
+    for start in range(0, out_features, step):
+        waiting, done = begin(start), waiting
+        if done is not None:
+            weight[done[0]] = np.asarray(done[1])[:, :in_features]
+    if waiting is not None:
+        weight[waiting[0]] = np.asarray(waiting[1])[:, :in_features]
     return weight
 
 

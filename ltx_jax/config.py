@@ -279,20 +279,12 @@ class GemmaConfig:
             head_dim=text.get("head_dim", 256),
             query_scalar=text.get("query_pre_attn_scalar", 256),
             sliding_window=text.get("sliding_window", 4096),
-<<<<<<< ours
             sliding_layers=(True,),
             rope_theta=text.get("rope_theta", full.get("rope_theta", 1_000_000.0)),
             rope_local_theta=text.get("rope_local_base_freq", local.get("rope_theta", 10_000.0)),
             rope_scale=scaling.get("factor", 1.0),
             eps=text.get("rms_norm_eps", 1e-6),
-=======
-            sliding_layers=sliding,
-            rope_theta=float(text.get("rope_theta", full.get("rope_theta", 1_000_000.0))),
-            rope_local_theta=float(text.get("rope_local_base_freq", local.get("rope_theta", 10_000.0))),
-            rope_scale=float(scaling.get("factor", 1.0)),
-            eps=float(text.get("rms_norm_eps", 1e-6)),
             tied_head=text.get("tie_word_embeddings", metadata.get("tie_word_embeddings", True)),
->>>>>>> theirs
         )
         if types:
             if not isinstance(types, list | tuple):
