@@ -51,7 +51,7 @@ def manifest(*digests: str) -> Manifest:
     )
 
 
-@pytest.mark.parametrize("name", ["tiny", "mini"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("mini", marks=pytest.mark.slow)])
 def test_a_preview_shows_what_the_decoder_will(name):
     vae = load(name)
     config = vae.decoder.config
