@@ -104,38 +104,23 @@ class Hub:
         A file that was cut off goes on where it stopped, and is taken only if its digest is that of the repository.
         Raises ConvertError, before the first byte, for a disk that is too small.
         """
+        wanted: list[tuple[Repository, list[str]]] = []
+        large: dict[Path, _Download] = {}  # by content: two files, or two views, may have the same
         for view in views:
-            if view.elsewhere and view.repository is None:
+            if view.repository is None and view.elsewhere:
                 raise ConvertError(f"{view.path} can only be inspected there: download it, and give the file")
-        repositories = [
-            (
-                repository,
-                [n for n in repository.files if not n.endswith(_WEIGHTS) or repository.folder / n in needed],
-                view.elsewhere,
-            )
-            for view in views
-            if (repository := view.repository) is not None
-        ]
-        large = {  # by path: two views may be of one repository
-            path: _Download(self.cache, repository, name, elsewhere[path])
-            for repository, names, elsewhere in repositories
-            for name in names
-            if (path := repository.folder / name) in elsewhere and repository.files[name].sha256
-        }
+            if view.repository is None:
+                continue
+            folder, files = view.repository.folder, view.repository.files
+            names = [name for name in files if not name.endswith(_WEIGHTS) or folder / name in needed]
+            wanted.append((view.repository, names))
+            for name in names:
+                if folder / name in view.elsewhere and files[name].sha256 is not None:
+                    file = _Download(self.cache, view.repository, name, view.elsewhere[folder / name])
+                    large[file.blob] = file
         self._check_room(sum(file.size - file.done for file in large.values()))
-        stop = Event()
-        with (
-            progress_bar("download", sum(file.size for file in large.values()), shown=progress) as advance,
-            ThreadPoolExecutor(_FILES_AT_ONCE) as pool,
-        ):
-            try:
-                for finished in as_completed([pool.submit(file.run, advance, stop) for file in large.values()]):
-                    finished.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-        for repository, names, _ in repositories:
+        _run(list(large.values()), progress=progress)
+        for repository, names in wanted:
             self._snapshot(repository.name, repository.commit, names)
 
     def _view_repository(self, name: str, revision: str | None, inside: str) -> View:
@@ -204,9 +189,13 @@ class Hub:
         """Raises what the Hub's library raises as ConvertError: one line that says what to do."""
         try:
             yield
-        except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.RevisionResolutionError) as error:
-            raise ConvertError(self._reason(error, name, revision)) from error
-        except (errors.OfflineModeIsEnabled, httpx2.TransportError) as error:
+        except (
+            errors.HfHubHTTPError,
+            errors.EntryNotFoundError,
+            errors.RevisionResolutionError,
+            errors.OfflineModeIsEnabled,
+            httpx2.TransportError,
+        ) as error:
             raise ConvertError(self._reason(error, name, revision)) from error
         except errors.HFValidationError as error:
             raise ConvertError(f"{name} is no name of a repository: {error}") from error
@@ -286,3 +275,17 @@ class _Download:
                     "again"
                 )
             durable.rename(self.partial, self.blob)
+
+
+def _run(files: Sequence[_Download], *, progress: bool) -> None:
+    """Downloads files, some at once. What has come stays where anything fails."""
+    total, stop = sum(file.size for file in files), Event()
+    with progress_bar("download", total, shown=progress) as advance, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        try:
+            for finished in as_completed([pool.submit(file.run, advance, stop) for file in files]):
+                finished.result()
+        except OSError as error:
+            raise ConvertError(f"{error}: what has come is kept, the same command goes on from there") from error
+        finally:  # at an error, or Ctrl-C, the others end too
+            stop.set()
+            pool.shutdown(cancel_futures=True)

@@ -15,6 +15,7 @@ from hlwq_jax.tensors import ByteSource, FormatError, refuse_foreign
 PAGE = 2**14  # small reads fetch, and keep, whole pages: neighbours of a small tensor are asked for next
 _TRIES = 5  # without a byte in between
 _WAIT = 0.5  # seconds before the second try; then twice as long each time
+_TIMEOUT = 20.0  # seconds without a byte
 _AGAIN = (408, 429, 500, 502, 503, 504)  # a server that answers so is asked again
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _MEANING = {
@@ -81,7 +82,9 @@ class RemoteFile(ByteSource):
             try:
                 headers = self._headers | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
                 self.num_requests += 1
-                with self._client.stream("GET", self.url, headers=headers, follow_redirects=True) as response:
+                with self._client.stream(
+                    "GET", self.url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
+                ) as response:
                     if response.status_code in _AGAIN:
                         why = f"the server answers {response.status_code} {response.reason_phrase}"
                         wait = max(wait, _retry_after(response))

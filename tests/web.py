@@ -6,9 +6,15 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote, urlsplit
+
+
+@lru_cache
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass
@@ -83,7 +89,7 @@ class FakeRepository:
         data = self.commits[commit].get(found[2])
         if data is None:
             return Answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        digest = hashlib.sha256(data).hexdigest()
+        digest = sha256(data)
         if not self.is_large(found[2]):
             answer = _ranged(data, request)
             answer.headers |= {"X-Repo-Commit": commit, "ETag": f'"{digest[:40]}"'}
@@ -101,7 +107,7 @@ class FakeRepository:
         return name.endswith((".safetensors", "tokenizer.json"))
 
     def entry(self, name: str, data: bytes) -> dict:
-        digest, size = hashlib.sha256(data).hexdigest(), len(data)
+        digest, size = sha256(data), len(data)
         large = self.is_large(name)
         lfs = {"lfs": {"oid": digest, "sha256": digest, "size": size, "pointerSize": 130}} if large else {}
         return {
@@ -115,7 +121,7 @@ def _json(content: object) -> Answer:
 
 
 def _ranged(data: bytes, request: Request) -> Answer:
-    tag = {"ETag": f'"{hashlib.sha256(data).hexdigest()[:40]}"', "Accept-Ranges": "bytes"}
+    tag = {"ETag": f'"{sha256(data)[:40]}"', "Accept-Ranges": "bytes"}
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     if asked is None:
         return Answer(200, tag, data)

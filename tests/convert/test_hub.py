@@ -1,6 +1,5 @@
 """Sources on the Hugging Face Hub: viewed by ranges, downloaded at one commit, and every way that may fail."""
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from convert.hub import Hub
 from convert.sources import bring
 from hlwq_jax import remote as remote_module
 from ltx_jax.checkpoint import Manifest
-from tests.web import Answer, FakeRepository, Web, serve
+from tests.web import Answer, FakeRepository, Web, serve, sha256
 
 NAME = "caiovicentino1/LTX-2.3-22B-PolarQuant-Q5"
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
@@ -36,7 +35,7 @@ def publish(web: Web, name: str, *commits: dict[str, bytes], **options) -> FakeR
     by_hash = {str(i) * 40: files for i, files in enumerate(commits, start=1)}
     web.repositories[name] = FakeRepository(by_hash, {"main": str(len(commits)) * 40, "v1": FIRST}, **options)
     for data in (data for files in commits for data in files.values()):
-        web.files[f"/blobs/{hashlib.sha256(data).hexdigest()}"] = data
+        web.files[f"/blobs/{sha256(data)}"] = data
     return web.repositories[name]
 
 
@@ -195,7 +194,7 @@ def test_an_incomplete_package_is_refused_before_it_is_downloaded(hub, web, pack
 
 
 def test_a_download_goes_on_where_it_was_cut_off(hub, web, package, package_files, monkeypatch):
-    digest = hashlib.sha256(package_files[BF16]).hexdigest()
+    digest = sha256(package_files[BF16])
 
     def cut(request, answer):  # all that is sent of the largest file, time after time, until nothing more comes
         if request.path == f"/blobs/{digest}" and answer.status == 206 and len(answer.body) > 10**6:
@@ -217,7 +216,7 @@ def test_a_download_goes_on_where_it_was_cut_off(hub, web, package, package_file
 
 
 def test_what_is_damaged_on_its_way_is_not_taken(hub, web, package, package_files):
-    digest = hashlib.sha256(package_files[BF16]).hexdigest()
+    digest = sha256(package_files[BF16])
     good = web.files[f"/blobs/{digest}"]
     web.files[f"/blobs/{digest}"] = good[:-1] + bytes([good[-1] ^ 1])
     with pytest.raises(ConvertError, match=rf"came with SHA-256 \w+, its repository says {digest}"):
@@ -227,14 +226,36 @@ def test_what_is_damaged_on_its_way_is_not_taken(hub, web, package, package_file
     assert (download(hub, NAME) / BF16).read_bytes() == good
 
 
+def test_files_of_the_same_content_come_once(hub, web, package_files):
+    data = package_files["polarquant/codes/chunk_00_codes.safetensors"]
+    publish(web, NAME, {"a.safetensors": data, "b/c.safetensors": data})
+    assert files_below(download(hub, NAME)) == {"a.safetensors": data, "b/c.safetensors": data}
+    assert web.sent == len(data)
+
+
 def test_two_processes_do_not_download_the_same_file_at_once(hub, web, package, package_files):
-    digest = hashlib.sha256(package_files[BF16]).hexdigest()
+    digest = sha256(package_files[BF16])
     place = hub.cache / f"models--{NAME.replace('/', '--')}" / "blobs" / f"{digest}.partial"
     place.parent.mkdir(parents=True)
     with place.open("ab") as file:
         hub_module.flock(file, hub_module.LOCK_EX)
         with pytest.raises(ConvertError, match="is being downloaded by another process"):
             download(hub, NAME)
+
+
+def test_a_disk_that_fills_up_loses_nothing(hub, web, package, package_files, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_module.os, "fsync", full)
+        with pytest.raises(
+            ConvertError, match=r"No space left on device: what has come is kept, the same command goes on"
+        ):
+            download(hub, f"hf://{NAME}/{BF16}")
+    before = web.sent
+    assert download(hub, f"hf://{NAME}/{BF16}").read_bytes() == package_files[BF16]
+    assert web.sent == before
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_download(hub, web, package, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from threading import Event
 
 import ml_dtypes
 import numpy as np
@@ -116,6 +117,15 @@ def test_a_busy_server_is_asked_again(web):
     web.fault = lambda _, answer: Answer(503) if len(web.requests) % 3 else answer
     _, file = open_at(web)
     np.testing.assert_array_equal(file.read("codes"), ARRAYS["codes"])
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(web, monkeypatch):
+    monkeypatch.setattr(remote_module, "_TIMEOUT", 0.02)
+    silence = Event()
+    web.fault = lambda _, answer: (silence.wait(5), answer)[1]
+    with pytest.raises(RemoteError, match="5 times in a row"):
+        open_at(web)
+    silence.set()
 
 
 def test_a_server_that_is_not_there_is_an_error():
