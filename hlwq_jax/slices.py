@@ -27,18 +27,16 @@ def dequantize_in_slices(
     weight = np.empty((out_features, in_features), ml_dtypes.bfloat16)
     step = max(1, _VALUES // (num_blocks * block_size))
 
-    def begin(start: int) -> tuple[slice, jax.Array]:
-        rows = slice(start, start + step)
-        parts = lo[rows], None if hi is None else hi[rows], norms[rows], scaled_centroids
-        return rows, _decode(*parts, bits=bits, block_size=block_size, history_bits=history_bits, signs=signs)
-
-    waiting = None  # each is copied while the next one is decoded
-    for start in range(0, out_features, step):
-        waiting, done = begin(start), waiting
-        if done is not None:
-            weight[done[0]] = np.asarray(done[1])[:, :in_features]
-    if waiting is not None:
-        weight[waiting[0]] = np.asarray(waiting[1])[:, :in_features]
+    begun: list[tuple[slice, jax.Array]] = []
+    for start in range(0, out_features + step, step):
+        if start < out_features:
+            rows = slice(start, start + step)
+            parts = lo[rows], None if hi is None else hi[rows], norms[rows], scaled_centroids
+            layout = {"bits": bits, "block_size": block_size, "history_bits": history_bits}
+            begun.append((rows, _decode(*parts, **layout, signs=signs)))
+        if start:  # the slice before, copied while this one is decoded
+            rows, part = begun.pop(0)
+            weight[rows] = np.asarray(part)[:, :in_features]
     return weight
 
 

@@ -4,12 +4,14 @@
 
 All take one Gaussian weight, packed in memory, and make a weight that a matrix product can take. Ours and the original
 must decode the same codes to the same values, but for a few that float32 sums in another order round to the next
-bfloat16. `pip install -e .[parity]` installs the peers; without them our own cases run alone.
+bfloat16. Beside the whole, the steps of ours are timed one by one, on a slice that stays in the caches.
+`pip install -e .[parity]` installs the peers; without them our own cases run alone.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,36 +23,86 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from hlwq_jax import Quantized, dequantize_planes, pack, pack_planes, planes_from_stream, quantize, unpack
+from hlwq_jax import (
+    BEST_RECIPE,
+    Quantized,
+    dequantize_in_slices,
+    dequantize_planes,
+    hadamard_matrix,
+    lloyd_max,
+    pack,
+    pack_planes,
+    planes_from_stream,
+    quantize,
+    unpack,
+    unpack_planes,
+)
+from hlwq_jax.hadamard import rotate_in_parts
 from scripts._bench import Peers, Seconds, as_json, interleaved, machine, write_json
 from scripts._q5_k import SUPER, quantize_q5_k
 
 Cases = dict[str, Callable[[], Any]]
 BLOCK_SIZE = 128
+SLICE_VALUES = 2**20  # as `dequantize_in_slices` takes at a time
+OURS = "ours, planes to the weight"
 MAX_DIFFERENT = 1e-3  # of decoded values; the share next to a tie of bfloat16 is about 1e-4
 
 
 def our_cases(weight: Quantized) -> Cases:
     out_features, in_features = weight.codes.shape
-    decode = jax.jit(partial(dequantize_planes, bits=5, block_size=BLOCK_SIZE))
+    layout: dict[str, Any] = {"bits": 5, "block_size": BLOCK_SIZE}
     lo, hi = pack_planes(weight.codes, 5)
     assert hi is not None
-    planes = [jnp.asarray(part) for part in (lo, hi, weight.norms, weight.scaled_centroids)]
     stream = pack(weight.codes, bits=5, packing="M")
+    trellis = BEST_RECIPE.quantize(np.ones((1, in_features), np.float32))  # whose codes do not matter to the time
 
-    def from_stream_by_numpy() -> np.ndarray:
-        codes = unpack(stream, num_codes=weight.codes.size, bits=5, packing="M").reshape(weight.codes.shape)
-        parts = {"codes": codes, "norms": weight.norms, "centroids": weight.centroids}
-        return Quantized(**parts, bits=5, block_size=BLOCK_SIZE, in_features=in_features).dequantize()
+    def in_slices(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+        return dequantize_in_slices(lo, hi, weight.norms, weight.scaled_centroids, **layout, in_features=in_features)
+
+    def trellis_in_slices() -> np.ndarray:
+        parts = lo, hi, weight.norms, trellis.scaled_centroids
+        history_bits, signs = trellis.history_bits, trellis.signs
+        return dequantize_in_slices(*parts, **layout, in_features=in_features, history_bits=history_bits, signs=signs)
 
     def repack() -> tuple[np.ndarray, np.ndarray]:
         return planes_from_stream(stream, out_features=out_features, row_codes=in_features)
 
+    def from_stream_by_numpy() -> np.ndarray:
+        codes = unpack(stream, num_codes=weight.codes.size, bits=5, packing="M").reshape(weight.codes.shape)
+        return replace(weight, codes=codes).dequantize()
+
+    decode = jax.jit(partial(dequantize_planes, **layout))
+    planes = [jnp.asarray(part) for part in (lo, hi, weight.norms, weight.scaled_centroids)]
     return {
-        "ours, planes on the device (jitted)": lambda: decode(*planes),
+        OURS: lambda: in_slices(lo, hi),
+        "ours, published bytes to planes to the weight": lambda: in_slices(*repack()),
+        "ours, planes of a trellis with signs": trellis_in_slices,
+        "ours, planes all at once (jitted)": lambda: decode(*planes),
         "ours, published bytes by numpy": from_stream_by_numpy,
         "ours, published bytes to planes, no more": repack,
     }
+
+
+def our_steps(in_features: int) -> Cases:
+    """The steps of decoding one slice of planes, each compiled by itself."""
+    rng = np.random.default_rng(0)
+    rows, num_blocks = SLICE_VALUES // in_features, in_features // BLOCK_SIZE
+    codes = rng.integers(0, 32, (rows, in_features), np.uint8)
+    lo, hi = (jnp.asarray(plane) for plane in pack_planes(codes, 5))
+    levels, norms = jnp.asarray(lloyd_max(5)), jnp.asarray(rng.random((rows, num_blocks)), jnp.float16)
+    values = jnp.asarray(rng.standard_normal((rows, num_blocks, BLOCK_SIZE), np.float32))
+    layout = {"bits": 5, "num_codes": in_features}
+    steps: dict[str, tuple[Callable[..., jax.Array], tuple[jax.Array, ...]]] = {
+        "unpack to a byte a code": (lambda lo, hi: unpack_planes(lo, hi, **layout).astype(jnp.uint8), (lo, hi)),
+        "unpack and look up": (lambda lo, hi, levels: levels[unpack_planes(lo, hi, **layout)], (lo, hi, levels)),
+        "rotate by one product of 128": (lambda values: values @ hadamard_matrix(BLOCK_SIZE), (values,)),
+        "norms, to bfloat16": (lambda x, norms: (x * norms[..., None]).astype(jnp.bfloat16), (values, norms)),
+        "rotate by quarters, norms, to bfloat16": (
+            lambda x, norms: (rotate_in_parts(x) * norms[..., None]).astype(jnp.bfloat16),
+            (values, norms),
+        ),
+    }
+    return {name: partial(jax.jit(step), *operands) for name, (step, operands) in steps.items()}
 
 
 def original_cases(modules: list[Any], weight: Quantized) -> Cases:
@@ -90,12 +142,12 @@ def compare(ours: Any, original: Any) -> float:
     return different
 
 
-def show(title: str, seconds: dict[str, Seconds], num_weights: int) -> None:
-    first = next(iter(seconds.values()))
-    print(f"{title}\n  {'million weights a second':44}{'median':>10}{'best':>10}  times {next(iter(seconds))!r}")
+def show(title: str, seconds: dict[str, Seconds], num_weights: int, *, against: str) -> None:
+    reference = seconds[against] if against in seconds else next(iter(seconds.values()))
+    print(f"\n| {title}: million weights a second | median | best | times {against} |\n|---|---|---|---|")
     for name, (median, best) in seconds.items():
-        rates = f"{num_weights / median / 1e6:10.1f}{num_weights / best / 1e6:10.1f}"
-        print(f"  {name:44}{rates}{first.median / median:10.3f}", flush=True)
+        rates = f"{num_weights / median / 1e6:.0f} | {num_weights / best / 1e6:.0f}"
+        print(f"| {name} | {rates} | {reference.median / median:.2f} |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,12 +171,16 @@ def main(argv: list[str] | None = None) -> None:
         cases |= diffusers_cases(modules, blocks)
     different = None
     if "polarquant" in cases:
-        different = compare(cases["ours, planes on the device (jitted)"](), cases["polarquant"]())
+        different = compare(cases[OURS](), cases["polarquant"]())
     seconds = interleaved(cases, args.rounds)
-    show(f"one weight [{shape[0]}, {shape[1]}] to bfloat16", seconds, plain.size)
+    show(f"one weight [{shape[0]}, {shape[1]}] to bfloat16", seconds, plain.size, against="polarquant")
+    steps = interleaved(our_steps(args.in_features), 20 * args.rounds)
+    show("one slice", steps, SLICE_VALUES // args.in_features * args.in_features, against="unpack to a byte a code")
     peers.say()
     report = {"machine": machine(("polarquant", "gguf", "diffusers", "torch")), "shape": shape, "rounds": args.rounds}
-    write_json(args.json, report | {"seconds": as_json(seconds), "different_from_original": different})
+    write_json(
+        args.json, report | {"seconds": as_json(seconds), "steps": as_json(steps), "different_from_original": different}
+    )
 
 
 if __name__ == "__main__":

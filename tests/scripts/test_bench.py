@@ -8,7 +8,7 @@ import pytest
 
 from convert.tables.transformer import BLOCK
 from ltx_jax.models.transformer import Block
-from scripts import bench_autoencoders, bench_block, bench_compile, bench_dequantize
+from scripts import bench_autoencoders, bench_block, bench_compile, bench_dequantize, bench_quantizers
 from scripts._bench import Peers, Seconds, interleaved, published_shapes, show
 from scripts._q5_k import BYTES, quantize_q5_k
 from tests.hlwq_jax.hlo import needs_card_compiler
@@ -94,9 +94,21 @@ def test_the_autoencoders_are_timed(tmp_path: Path, only):
 def test_unpacking_is_timed(tmp_path: Path):
     path = tmp_path / "dequantize.json"
     bench_dequantize.main(["--out-features", "8", "--in-features", "256", "--rounds", "1", "--json", str(path)])
-    assert {"ours, planes on the device (jitted)", "ours, published bytes by numpy"} <= set(
-        json.loads(path.read_text())["seconds"]
-    )
+    report = json.loads(path.read_text())
+    assert {"ours, planes to the weight", "ours, published bytes by numpy"} <= set(report["seconds"])
+    assert "unpack and look up" in report["steps"]
+
+
+@pytest.mark.slow
+def test_quantizers_are_measured(tmp_path: Path):
+    path = tmp_path / "quantizers.json"
+    bench_quantizers.main(["--rows", "16", "--no-speed", "--json", str(path)])
+    errors = json.loads(path.read_text())["errors"]
+    published, best = (errors[name] for name in ("table A", "trellis 7, signs, least-squares norm"))
+    # 65,536 weights of a family: the error is known to 2 %.
+    assert published["Gaussian"] == pytest.approx(0.0029, rel=0.02)
+    assert max(best[family] for family in bench_quantizers.FAMILIES) < 0.00125
+    assert best["bits"] < 5.14
 
 
 @pytest.mark.slow
