@@ -173,8 +173,8 @@ def take_inventory(source: Source, base: Source | None = None) -> Inventory:
             settings = _with_registers(base.metadata, lenders)
             theirs = Configs.from_metadata(settings, num_hidden_states=num_hidden_states)
         check_configs(configs, theirs, base.path)
-    _check_text_encoder(configs, num_hidden_states)
-    _check_upscalers(configs)
+    _check_text_encoder(configs, num_hidden_states, source)
+    _check_upscalers(configs, source)
 
     refuse_look_alikes(source.tensors)
     package, weights, found = None, {}, source.tensors
@@ -287,25 +287,27 @@ def _with_registers(metadata: dict[str, Any], sources: Iterable[Source]) -> dict
     return metadata | {"transformer": transformer}
 
 
-def _check_text_encoder(configs: Configs, num_hidden_states: int) -> None:
+def _check_text_encoder(configs: Configs, num_hidden_states: int, source: Source) -> None:
     gemma = configs.gemma
-    if gemma is None:
+    if gemma is None or source.gemma is None:
         return
     gives = gemma.num_layers + 1, gemma.hidden_dim
     takes = num_hidden_states, configs.connectors.hidden_dim
     if gives != takes:
         raise ConvertError(
-            f"the text encoder gives {gives[0]} hidden states of width {gives[1]}, but the checkpoint reads {takes[0]} "
-            f"of width {takes[1]}; give the Gemma 3 that belongs to it (LTX-2.3: the 12 B instruction-tuned model)"
+            f"the text encoder in {source.gemma.path} gives {gives[0]} hidden states of width {gives[1]}, but the "
+            f"checkpoint reads {takes[0]} of width {takes[1]}; give the Gemma 3 that belongs to it (LTX-2.3: the 12 B "
+            "instruction-tuned model)"
         )
 
 
-def _check_upscalers(configs: Configs) -> None:
+def _check_upscalers(configs: Configs, source: Source) -> None:
     for name, upscaler in configs.upscalers.items():
         if upscaler.in_channels != configs.video_vae.latent_channels:
             raise ConvertError(
                 f"{name} is for latents of {upscaler.in_channels} channels, this checkpoint's have "
-                f"{configs.video_vae.latent_channels}; take it out, or give the one that belongs to it"
+                f"{configs.video_vae.latent_channels}; take {source.upscalers[name].path} out, or give the one that "
+                "belongs to it"
             )
 
 

@@ -341,6 +341,8 @@ def _fitting(weight: StoredWeight, meta: _Meta, order: BitOrder | None) -> Itera
     tensor, blocks = weight.code_tensor, weight.norm_tensor.size
     total = blocks * weight.block_size
     dense = len(tensor.shape) == 1
+    if dense and tensor.dtype == np.uint8 and weight.layout in ("V2", "V3"):
+        return  # these writers keep rows; without them half a block and half a byte of a stream look alike
     if tensor.size == total:
         # One code per byte. In dense streams that is 7 or 8 bits (or 1), but nothing forbids fewer.
         packing: Packing = "M" if dense and tensor.dtype == np.uint8 else "N"
@@ -357,7 +359,7 @@ def _fitting(weight: StoredWeight, meta: _Meta, order: BitOrder | None) -> Itera
         if tensor.size == packed_length(total, bits=1, packing="L"):
             yield "L", 1
         return
-    if 2 * tensor.size == total and weight.block_size % 2 == 0:
+    if 2 * tensor.size == total and weight.block_size % 2 == 0 and weight.layout not in ("V5", "V6"):
         for bits in (4, 3, 2):
             yield "H", bits
     elif 8 * tensor.size == 5 * total:

@@ -185,6 +185,7 @@ def read_package(
         first.setdefault(_kind(part), weight)
         if name in plain:
             raise FormatError(f"{name} is there both as codes ({part.codes.where}) and plain ({plain[name].where})")
+    _refuse_lost_tables(weights)
     weights = _decide_tables(weights, sampled, table or facts.table, warnings)
     for weight in weights:
         if weight.energy is not None and not plausible(weight.energy, weight.centroids, weight.block_size):
@@ -213,6 +214,17 @@ def _spread(parts: Sequence[Parts], count: int | None) -> set[str]:
     for part in parts:
         kinds.setdefault(_kind(part), []).append(part.stem)
     return {stem for stems in kinds.values() for stem in stems[:: -(-len(stems) // (count or len(stems)))]}
+
+
+def _refuse_lost_tables(weights: Iterable[StoredWeight]) -> None:
+    """A layout stores its tables or does not: a weight that lacks one among others that have theirs has lost it."""
+    stored = {weight.layout: weight.name for weight in weights if weight.table == "stored"}
+    for weight in weights:
+        if weight.table != "stored" and weight.layout in stored:
+            raise FormatError(
+                f"{weight.name}: its levels (ct or ct_scaled) are missing, {stored[weight.layout]} has some "
+                f"({weight.code_tensor.where})"
+            )
 
 
 def _missing(model_names: Iterable[str], quantized: set[str], plain: Mapping[str, LazyTensor]) -> tuple[str, ...]:

@@ -38,7 +38,6 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _MAX_HEADER = 100_000_000  # as in the safetensors library; a JSON file may not be larger either
 _MAX_NAME = 1000
 _MAX_DEPTH = 32  # of nested JSON: a header has 3, a configuration 8
-_MAX_DIGITS = 40  # of a whole number in JSON: some tokenizers say 10**30 for "no limit"
 
 
 class FormatError(ValueError):
@@ -216,28 +215,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: bytes | str, *, where: str) -> Any:
     """JSON by the letter: names that are there twice, NaN and Infinity are refused, which `json` would let pass.
 
-    So are numbers and nesting out of all proportion. Raises `FormatError`, which begins with `where`.
+    So is nesting out of all proportion. Raises `FormatError`, which begins with `where`.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in result:
-                raise FormatError(f"{where}: names {_short(name)} twice")
-            result[name] = value
-        return result
-
-    def integer(digits: str) -> int:
-        if len(digits) > _MAX_DIGITS:
-            raise ValueError(f"a number of {len(digits)} digits")
-        return int(digits)
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        content = json.loads(text, object_pairs_hook=unique, parse_int=integer, parse_constant=constant)
+        content = json.loads(
+            text,
+            object_pairs_hook=lambda pairs: whole if len(whole := dict(pairs)) == len(pairs) else _twice(where, pairs),
+            parse_constant=lambda name: _no_number(where, name),
+        )
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
@@ -250,6 +236,18 @@ def parse_json(text: bytes | str, *, where: str) -> Any:
         inner = (value.values() if isinstance(value, dict) else value for value in level if type(value) in (dict, list))
         level = [value for values in inner for value in values]
     return content
+
+
+def _twice(where: str, pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise FormatError(f"{where}: names {_short(name)} twice")
+        seen.add(name)
+
+
+def _no_number(where: str, name: str) -> None:
+    raise FormatError(f"{where}: not valid JSON: {name} is no number")
 
 
 def _read_header(path: Path, source: ByteSource) -> tuple[dict[str, Any], int, int]:

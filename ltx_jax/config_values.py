@@ -16,7 +16,7 @@ class ConfigError(ValueError):
     """A checkpoint asks for a model that this library does not implement, or does not say what it needs."""
 
 
-def refuse_unless(section: str, metadata: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+def refuse_unless(section: str, metadata: Any, supported: Mapping[str, Any]) -> None:
     """Raises ConfigError that lists every setting present in `metadata` with a value other than the supported one."""
     need_object(section, metadata)
     wrong = [
@@ -28,7 +28,7 @@ def refuse_unless(section: str, metadata: Mapping[str, Any], supported: Mapping[
         raise ConfigError(f"the {section} configuration is not LTX-2.3: " + "; ".join(wrong))
 
 
-def need(section: str, metadata: Mapping[str, Any], *keys: str) -> list[Any]:
+def need(section: str, metadata: Any, *keys: str) -> list[Any]:
     """The values of keys that must be there."""
     need_object(section, metadata)
     missing = [key for key in keys if key not in metadata]

@@ -83,7 +83,8 @@ class Attention(nnx.Module):
         self, x: Hidden, rotary: Rotary, mask: AttentionMask, past: KeysValues, start: Int[Array, ""]
     ) -> tuple[Hidden, KeysValues]:
         """Attention of tokens from position `start` on to themselves and the past; and their keys and values."""
-        q, new = self.project(x, rotary)
+        # Weights of a wider dtype widen what they give; the cache is as wide as x.
+        q, new = jax.tree.map(lambda a: a.astype(x.dtype), self.project(x, rotary))
         both = (jax.lax.dynamic_update_slice_in_dim(old, added, start, 1) for old, added in zip(past, new, strict=True))
         return self.attend(q, KeysValues(*both), mask), new
 
@@ -238,7 +239,8 @@ class Gemma(nnx.Module):
     ) -> tuple[Float[Array, "batch vocab"], Cache]:
         """The logits of token `last`, and the cache with the new keys and values of all layers."""
         x = self.norm(jax.lax.dynamic_index_in_dim(x, last, axis=1, keepdims=False))
-        head = self.embed.embedding.get_value().astype(x.dtype)
+        # Apart from the embedding of one token, with which the compiler would share a float32 copy of all of it: 4 GB.
+        head = jax.lax.optimization_barrier(self.embed.embedding.get_value()).astype(x.dtype)
         logits = jnp.einsum("bd,vd->bv", x, head, preferred_element_type=jnp.float32)
         filled = (jax.lax.dynamic_update_slice_in_dim(old, add, start, 2) for old, add in zip(cache, new, strict=True))
         return logits, Cache(*filled)

@@ -26,9 +26,11 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def parts(layout: str, name: str, weight: np.ndarray, bits: int, sidecar: dict) -> dict[str, np.ndarray]:
+def parts(
+    layout: str, name: str, weight: np.ndarray, bits: int, sidecar: dict, *, block_size: int = 128
+) -> dict[str, np.ndarray]:
     """A weight in a layout, by table B; what its readers need besides goes into `sidecar` (its `layers`)."""
-    block_size = 256 if layout == "V7" else 128  # wider than rows: blocks run across them
+    block_size *= 2 if layout == "V7" else 1  # wider than rows: blocks run across them
     flat = weight.reshape(1, -1) if layout == "V7" else weight
     packed = quantize(flat.astype(np.float32), bits=bits, block_size=block_size, table="B")
     codes, norms, stem = packed.codes, packed.norms, name.removesuffix(".weight")
@@ -45,10 +47,10 @@ def parts(layout: str, name: str, weight: np.ndarray, bits: int, sidecar: dict) 
         return {f"{stem}.codes": codes.view(np.int8), f"{stem}.norms": norms, f"{stem}.ct_scaled": table}
     if layout == "V2":
         packing = "H" if bits <= 4 else "L" if bits == 5 else "N"
-        stream = pack(codes, bits=bits, packing=packing).view(np.uint8).reshape(rows, -1)
+        stream = pack(codes, bits=bits, packing=packing, block_size=block_size).view(np.uint8).reshape(rows, -1)
         return {f"{stem}.codes": stream, f"{stem}.norms": norms, f"{stem}.ct": packed.centroids}
     if layout == "V3":
-        stream = pack(codes, bits=bits, packing="H").reshape(rows, -1)
+        stream = pack(codes, bits=bits, packing="H", block_size=block_size).reshape(rows, -1)
         return {f"{stem}.codes_packed": stream, f"{stem}.norms": norms, f"{stem}.ct_scaled": table}
     if layout == "V4":
         return {f"{mangle(stem)}__codes": codes.view(np.int8), f"{mangle(stem)}__norms": norms}

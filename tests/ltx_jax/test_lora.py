@@ -1,5 +1,7 @@
 """Adapters beside plain, packed and stacked linears."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,3 +122,53 @@ def test_files_that_do_not_belong_are_refused(tmp_path):
     (tmp_path / "e.safetensors").write_bytes(b"junk")
     with pytest.raises(LoraError, match="cannot be read"):
         add(tmp_path / "e.safetensors")
+
+
+def damaged(path, kind):
+    """A LoRA for block 0 with something wrong."""
+    key = "diffusion_model.transformer_blocks.0.ff"
+    a = jnp.zeros((4, 128), jnp.bfloat16)
+    changes = {
+        "whole numbers": {f"{key}.lora_A.weight": a.astype(jnp.int32)},
+        "three axes": {f"{key}.lora_A.weight": a[None]},
+        "not a number": {f"{key}.lora_A.weight": a.at[0, 0].set(jnp.nan)},
+        "infinite": {f"{key}.lora_B.weight": a.T.at[0, 0].set(jnp.inf)},
+        "twice": {f"model.{key}.lora_A.weight": a},
+        "half": {"diffusion_model.transformer_blocks.1.ff.lora_B.weight": a.T},
+    }
+    write(path, [0], **changes.get(kind, {}))
+    raw = path.read_bytes()
+    contents = {
+        "pickle": b"\x80\x04\x95" + bytes(100),
+        "page": b"<!DOCTYPE html>" + bytes(100),
+        "nothing": b"",
+        "cut off": raw[:-1],
+        "longer": raw + b"x",
+        "header beyond the file": b"\xff" * 7 + b"\x7f" + raw[8:],
+        "overlap": raw.replace(b"[0,1024]", b"[8,1032]"),
+    }
+    if kind in ("folder", "pipe"):
+        path.unlink()
+        (os.mkdir if kind == "folder" else os.mkfifo)(path)
+    elif kind in contents:
+        assert contents[kind] != raw
+        path.write_bytes(contents[kind])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        *((kind, "not an LTX-2 LoRA.*lora_A") for kind in ("whole numbers", "three axes")),
+        *((kind, "not finite: damaged data") for kind in ("not a number", "infinite")),
+        ("twice", "lora_A of transformer_blocks.0.ff twice"),
+        ("half", "missing or of different rank for transformer_blocks.1.ff"),
+        *((kind, "it is no file") for kind in ("folder", "pipe")),
+        *((kind, "cannot be read") for kind in ("pickle", "page", "nothing", "cut off", "longer", "overlap")),
+        ("header beyond the file", "cannot be read"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, kind, message):
+    path = damaged(tmp_path / "lora.safetensors", kind)
+    with pytest.raises(LoraError, match=f"(?s)lora.safetensors.*{message}"):
+        read_lora(path)
