@@ -451,7 +451,7 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def built_in():
-    """Where a file loses its configuration, the small one is built in: the model of LTX-2.3 takes seconds to look at."""
+    """Where a file loses its configuration, the small one is built in: that of LTX-2.3 takes seconds to look at."""
     with cheaply():
         yield
 
