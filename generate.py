@@ -25,16 +25,20 @@ from safetensors.flax import save_file
 from ltx_jax.cache import written_whole
 from ltx_jax.cards import find_card
 from ltx_jax.checkpoint import MANIFEST
+from ltx_jax.clip import latents_of
 from ltx_jax.config import VideoVAEConfig
+from ltx_jax.denoise import Pair
 from ltx_jax.environment import prepare
+from ltx_jax.geometry import VideoGrid
 from ltx_jax.lora import Lora
 from ltx_jax.media import check_writable, read_image, write_mp4, write_wav
 from ltx_jax.memory import peak_rss_bytes
 from ltx_jax.modes import images_of, parse_image
 from ltx_jax.noise import read_noise
-from ltx_jax.pipeline import Latents, load_pipeline
+from ltx_jax.pipeline import Callback, Latents, Pipeline, load_pipeline
 from ltx_jax.plan import Offload, Plan, plan_published, plan_table, refusal
 from ltx_jax.presets import LTX_2_3
+from ltx_jax.preview import kept_factors, preview, write_preview
 from ltx_jax.progress import TerminalProgress
 from ltx_jax.replay import Replay
 from ltx_jax.settings import Settings
@@ -68,6 +72,8 @@ class Arguments:
     """With --plan: a card by name, such as rtx4090, in place of the device at hand."""
     json: bool = False
     """With --plan: print JSON."""
+    watch: Path | None = None
+    """Keep a small animation of the clip in this file (.png or .gif) while it is denoised, new at every step."""
     resume: bool = False
     """Go on with the run into the same output that was cut off; the result is the same, bit for bit."""
     keep_prompts: bool = True
@@ -227,6 +233,19 @@ def print_plan(arguments: Arguments) -> None:
         print(plan.line() if plan.fits else refusal(make, arguments.settings, plan, scale=scale))
 
 
+def watcher(pipe: Pipeline, path: Path, settings: Settings, grid: VideoGrid) -> Callback:
+    """Called after every model call: shows what the clip will be."""
+    factors = kept_factors(pipe.manifest, lambda: pipe.model("video_vae"))
+    stages = settings.stages(pipe.configs.transformer.num_layers, grid)
+
+    def show(stage: int, step: int, sigma: float, tokens: Pair, denoised: Pair) -> None:
+        if denoised.video is not None:
+            latents = latents_of(pipe, denoised, stages[stage - 1].grid(grid)).video
+            write_preview(path, preview(latents, factors), fps=grid.fps / grid.scale[0])
+
+    return show
+
+
 def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     started = time.monotonic()
     if arguments.output.suffix.lower() == ".wav":
@@ -247,6 +266,8 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     for path in (output, output.with_suffix(".json"), arguments.save_latents):
         if path is not None:
             check_writable(path)
+    if arguments.watch is not None:
+        check_writable(arguments.watch, suffixes=(".png", ".gif"))
     # What cannot be read should fail before models are loaded, not after.
     for path, _ in images_of(settings):
         read_image(path)
@@ -278,8 +299,9 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     replay = Replay(output.with_name(f".{output.name}.unfinished"), facts, resume=arguments.resume)
     if arguments.resume:
         progress.say(f"goes on: {replay.num_calls} model calls are there")
+    watching = None if arguments.watch is None else watcher(pipe, arguments.watch, settings, grid)
     try:
-        latents = pipe.generate_latents(settings, replay=replay)
+        latents = pipe.generate_latents(settings, replay=replay, callback=watching)
     except ValueError:  # of what was asked for: there is nothing to go on from
         replay.remove()
         raise

@@ -262,7 +262,7 @@ def candidates(
     """The `top_k` likeliest tokens, best first: logits divided by `temperature`, and token ids.
 
     Of these, those have a logit of minus infinity before which others already make up `top_p` of the probability; at a
-    temperature of 0, all but the first.
+    temperature of 0, all but the first. Source: Holtzman et al., https://arxiv.org/abs/1904.09751, for top-p.
     """
     best, token_ids = jax.lax.top_k(logits, min(top_k, logits.shape[0]))
     scaled = best / jnp.where(temperature > 0, temperature, 1.0)

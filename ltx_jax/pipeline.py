@@ -24,6 +24,7 @@ from ltx_jax.clip import Callback, Clip, Latents, make_latents
 from ltx_jax.conditioning import LatentState
 from ltx_jax.conditions import Condition, Frames, Image, ImageCondition, Waveform
 from ltx_jax.denoise import Denoiser, Memory, Pair, Prompt
+from ltx_jax.enhance import MAX_NEW_TOKENS, enhance_prompt
 from ltx_jax.geometry import AudioLatents, VideoGrid, VideoLatents
 from ltx_jax.guidance import Guidance
 from ltx_jax.load import load_configs
@@ -206,6 +207,20 @@ class Pipeline:
                 prompts.append(jax.block_until_ready(Prompt(video=contexts.video, audio=contexts.audio)))
                 advance()
         return prompts
+
+    def enhance(self, prompt: str, *, seed: int, with_image: bool = False) -> str:
+        """A full prompt from a short one, written by the text encoder. Raises what `enhance_prompt` raises."""
+
+        def work() -> str:
+            self.residency.turn("gemma")
+            gemma = self.model("gemma")
+            stage = self.progress.stage("enhance prompt", MAX_NEW_TOKENS)
+            with stage as advance, jax.default_matmul_precision(self.precision):
+                return enhance_prompt(
+                    gemma, self.tokenizer, prompt, seed=seed, dtype=self.dtype, with_image=with_image, advance=advance
+                )
+
+        return self._retrying(work)
 
     def encode_image(self, condition: ImageCondition, *, height: int, width: int) -> VideoLatents:
         """The latents of one image at a size in pixels, after the H.264 round trip."""
@@ -478,6 +493,10 @@ class Pipeline:
         placed = [*conditions_of(settings, media), *self._images(image, settings), *conditions]
         if noise is None and settings.noise is not None:
             noise = read_noise(settings.noise)
+        if settings.enhance and prompt is None:
+            text = self.enhance(settings.prompt, seed=settings.seed, with_image=bool(settings.image))
+            self.progress.say(f"prompt: {text}")
+            settings = replace(settings, prompt=text)
         texts = [settings.prompt] if prompt is None else []
         if negative is None and self.needs_negative(settings):
             texts.append(settings.negative_prompt)

@@ -48,7 +48,7 @@ TILES = (
 KEPT = 1000  # plans and measured programs in the cache
 # Settings that change no shape: their values are arguments of the compiled programs.
 WITHOUT_MEMORY = (
-    *("prompt", "negative_prompt", "seed", "noise", "image_crf", "steps", "sigmas", "stage_2_sigmas"),
+    *("prompt", "enhance", "negative_prompt", "seed", "noise", "image_crf", "steps", "sigmas", "stage_2_sigmas"),
     *("image", "audio", "video", "reference"),  # see `_given`
     *(f"{modality}_{name}" for modality in ("video", "audio") for name in ("rescale", "skip_step")),
 )

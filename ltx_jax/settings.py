@@ -56,6 +56,8 @@ class Settings:
 
     prompt: str = ""
     """What the clip shows and sounds like."""
+    enhance: bool = False
+    """Have the text encoder write a full prompt from `prompt` first; the seed decides what it writes."""
     pipeline: PipelineName = "distilled"
     """distilled: 8 fixed sigmas, no guidance. dev: guided, `steps` of the shifted schedule. two-stage: half size,
     latent upscale by two, 3 more steps; guided in its first stage where a scale is given. dev-two-stage: the same,

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 import generate
 from ltx_jax.media import describe
+from ltx_jax.replay import StageReplay
 
 SIZE = ["--width", "96", "--height", "64", "--num-frames", "17"]
 
@@ -109,3 +110,93 @@ def test_a_foreign_json_is_refused(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert generate.main(["--from", str(tmp_path / "other.json")]) == 2
     assert "not written beside a clip" in capsys.readouterr().err
+
+
+def run(*words) -> int:
+    return generate.main([str(word) for word in words])
+
+
+def test_modes_go_together_on_the_command_line(mini_checkpoint, made, tmp_path, capsys):
+    """Keyframes, a given sound, an enhanced prompt, an animation to watch, another shape."""
+    image = made / "first.png"
+    words = ["--checkpoint", mini_checkpoint, "--prompt", "a cat", "--output", tmp_path / "clip.mp4", "--enhance"]
+    words += [
+        "--image",
+        image,
+        "--image",
+        f"{image}@-1:0.8",
+        "--audio",
+        made / "clip.mp4",
+        "--sigmas",
+        "1.0",
+        "0.5",
+        "0",
+    ]
+    words += ["--aspect", "3:2", "--megapixels", "0.006", "--num-frames", "17", "--watch", tmp_path / "now.png"]
+    assert run(*words) == 0
+    facts = describe(tmp_path / "clip.mp4")
+    assert (facts["width"], facts["height"], facts["num_frames"]) == (96, 64, 17)
+    with Image.open(tmp_path / "now.png") as watched:
+        assert watched.n_frames == 3  # one a latent frame
+    said = capsys.readouterr().err
+    assert "prompt:" in said or "wrote nothing" in said
+    settings = json.loads((tmp_path / "clip.json").read_text())
+    assert settings["settings"]["image"] == [f"{image.resolve()}@0", f"{image.resolve()}@-1:0.8"]
+    assert len(settings["files"]) == 3
+    assert run("--from", tmp_path / "clip.json", "--output", tmp_path / "again.mp4") == 0
+    assert digest(tmp_path / "again.mp4") == digest(tmp_path / "clip.mp4")
+
+
+def test_sound_alone_and_retakes_are_written(mini_checkpoint, made, tmp_path):
+    common = ["--checkpoint", mini_checkpoint, "--prompt", "rain", "--sigmas", "1.0", "0.5", "0"]
+    assert run(*common, *SIZE, "--output", tmp_path / "rain.wav") == 0
+    assert describe(tmp_path / "rain.wav")["sample_rate_hz"] == 48_000
+    video = ["--video", made / "clip.mp4", "--retake", "0.2:0.5", "--keep-audio"]
+    assert run(*common, *video, "--output", tmp_path / "retake.mp4") == 0
+    facts = describe(tmp_path / "retake.mp4")
+    assert (facts["width"], facts["height"], facts["num_frames"]) == (96, 64, 17)
+
+
+def test_a_run_that_was_stopped_goes_on(mini_checkpoint, tmp_path, monkeypatch, capsys):
+    words = ["--checkpoint", mini_checkpoint, "--prompt", "a cat", *SIZE, "--sigmas", "1.0", "0.6", "0.3", "0"]
+    assert run(*words, "--output", tmp_path / "whole.mp4") == 0
+    with monkeypatch.context() as patched:
+        seen = []
+
+        def stop(self, call, estimates):
+            keep(self, call, estimates)
+            seen.append(call)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+        keep = StageReplay.keep
+        patched.setattr(StageReplay, "keep", stop)
+        assert run(*words, "--output", tmp_path / "clip.mp4") == 130
+    assert not (tmp_path / "clip.mp4").exists()
+    assert run(*words, "--output", tmp_path / "clip.mp4", "--seed", "11", "--resume") == 2
+    assert "settings differ" in capsys.readouterr().err
+    assert run(*words, "--output", tmp_path / "clip.mp4", "--resume") == 0
+    assert "goes on: 2 model calls are there" in capsys.readouterr().err
+    assert digest(tmp_path / "clip.mp4") == digest(tmp_path / "whole.mp4")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "x.png@99"], "no image at"),
+        (["--audio", "missing.wav"], "no file at"),
+        (["--video", "missing.mp4", "--retake", "0:1"], "no file at"),
+        (["--retake", "0:1"], "go together"),
+        (["--resume"], "no unfinished run"),
+        (["--watch", "now.mp4"], "png"),
+        (["--sound-only"], "must end in .wav"),
+        (["--reference", "x.mp4"], "with --lora"),
+        (["--distilled-lora", "x.safetensors"], "two stages"),
+    ],
+)
+def test_modes_that_cannot_be_say_what_to_do(mini_checkpoint, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("--checkpoint", mini_checkpoint, "--output", "clip.mp4", *SIZE, *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []

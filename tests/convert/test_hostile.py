@@ -234,7 +234,9 @@ def test_headers_of_any_length_are_told_from_other_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "manifest", ["", "[" * 100_000, "[]", '{"format": "ltx-jax checkpoint", "version": 1}', b"\xff"]
+    "manifest",
+    ["", "[" * 100_000, "[]", '{"format": "ltx-jax checkpoint", "version": 1}', b"\xff"],
+    ids=["empty", "nested", "list", "without parts", "not UTF-8"],
 )
 def test_a_destination_that_only_looks_like_a_checkpoint_is_left_alone(manifest, tmp_path, capsys):
     source, path = v5().write(tmp_path / "source"), tmp_path / "out/manifest.json"
