@@ -196,7 +196,7 @@ def open_source(
         _add_upscaler(given, upscaler)
     for file in found:
         opened = shelf.open(file)
-        if sum(_LORA.search(name) is not None for name in opened) > len(opened) / 2:
+        if 3 * sum(_LORA.search(name) is not None for name in opened) > len(opened):
             loras[file] = opened
             ignored[str(file)] = "a LoRA: give it to generate.py with --lora"
             continue
