@@ -58,26 +58,6 @@ def rotate(x: Float[Array, "*batch block"], *, exponent: int) -> Float[Array, "*
     )
 
 
-def rotate_in_parts(x: Float[Array, "*batch block"]) -> Float[Array, "*batch block"]:
-    """`x @ hadamard_matrix(block)` with a quarter of the multiplications: in a third of the time on a CPU.
-
-    The matrix of a block is that of a quarter four times over, with the signs of the 4 x 4 matrix: one product for all
-    quarters, then sums and differences of them, which fuse into what follows. float32 sums in another order than those
-    of the product of whole blocks, which small blocks get.
-    """
-    block_size = x.shape[-1]
-    if block_size < 64:
-        return jnp.matmul(x, jnp.asarray(hadamard_matrix(block_size), x.dtype), precision=precision_for(x.dtype))
-    quarter = block_size // 4
-    matrix = jnp.asarray(signs(quarter) * np.float32(block_size**-0.5), x.dtype)
-    quarters = jnp.matmul(x.reshape(*x.shape[:-1], 4, quarter), matrix, precision=precision_for(x.dtype))
-    a, b, c, d = (quarters[..., i, :] for i in range(4))
-    return jnp.concatenate(
-        [(a + b) + (c + d), (a - b) + (c - d), (a + b) - (c + d), (a - b) - (c - d)],
-        axis=-1,
-    )
-
-
 def precision_for(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """float32 products are never done in TF32 here: they are the ones that are compared with a reference."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float16, Float32, Int8, UInt32
 
 from hlwq_jax.fused import fused_supports, fused_weight
-from hlwq_jax.hadamard import hadamard_matrix, precision_for, rotate, rotate_in_parts
+from hlwq_jax.hadamard import hadamard_matrix, precision_for, rotate
 from hlwq_jax.planes import unpack_indices
 
 Form = Literal["rotate_input", "rotate_weight", "exact", "fused"]
@@ -100,17 +100,10 @@ def dequantize_planes(
     history_bits: int = 0,
     signs: Int8[Array, "*layers in"] | None = None,
 ) -> BFloat16[Array, "*layers out padded"]:
-    """The weight of the original decoder, padding included; leading axes hold stacked layers.
-
-    Rotated by `rotate_in_parts`: as float32 sums in another order, one value in 5,000 rounds to the next bfloat16.
-    """
+    """The weight as the original decoder computes it, padding included; leading axes hold stacked layers."""
 
     def unpack(packed):
-        lo, hi, norms, scaled_centroids = packed
-        code = _Code(bits, block_size, history_bits)
-        blocks = rotate_in_parts(_lookup(lo, hi, scaled_centroids, code, num_blocks=norms.shape[1]))
-        weight = blocks * norms.astype(jnp.float32)[..., None]
-        return weight.reshape(norms.shape[0], -1).astype(jnp.bfloat16)
+        return _exact_weight(packed, _Code(bits, block_size, history_bits)).astype(jnp.bfloat16)
 
     for _ in range(norms.ndim - 2):
         unpack = jax.vmap(unpack)

@@ -22,7 +22,7 @@ def dequantize_in_slices(
     history_bits: int = 0,
     signs: Int8[np.ndarray, " in"] | None = None,
 ) -> BFloat16[np.ndarray, "out in"]:
-    """`dequantize_planes` less the padding, with the same bits and on a CPU in a third of the time."""
+    """`dequantize_planes` less the padding, with the same bits, and on a CPU in less time."""
     out_features, num_blocks = norms.shape
     weight = np.empty((out_features, in_features), ml_dtypes.bfloat16)
     step = max(1, _VALUES // (num_blocks * block_size))

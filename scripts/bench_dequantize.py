@@ -37,7 +37,7 @@ from hlwq_jax import (
     unpack,
     unpack_planes,
 )
-from hlwq_jax.hadamard import rotate_in_parts
+from hlwq_jax.hadamard import hadamard_matrix
 from scripts._bench import Peers, Seconds, as_json, interleaved, machine, write_json
 from scripts._q5_k import SUPER, quantize_q5_k
 
@@ -98,7 +98,9 @@ def our_steps(in_features: int) -> Cases:
         "rotate by one product of 128": (lambda values: values @ hadamard_matrix(BLOCK_SIZE), (values,)),
         "norms, to bfloat16": (lambda x, norms: (x * norms[..., None]).astype(jnp.bfloat16), (values, norms)),
         "rotate by quarters, norms, to bfloat16": (
-            lambda x, norms: (rotate_in_parts(x) * norms[..., None]).astype(jnp.bfloat16),
+            lambda x, norms: (
+                jnp.matmul(x, hadamard_matrix(x.shape[-1]), precision="highest") * norms[..., None]
+            ).astype(jnp.bfloat16),
             (values, norms),
         ),
     }

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from hlwq_jax import hadamard_matrix, hadamard_transform
-from hlwq_jax.hadamard import rotate, rotate_in_parts, signs
+from hlwq_jax.hadamard import rotate, signs
 
 
 def test_matrix_is_sylvester_and_its_own_inverse():
@@ -19,13 +19,6 @@ def test_fast_transform_equals_the_matrix(block_size):
     x = np.random.default_rng(0).standard_normal((3, block_size), dtype=np.float32)
     # float32 sums in another order
     np.testing.assert_allclose(hadamard_transform(jnp.asarray(x)), x @ hadamard_matrix(block_size), atol=1e-5)
-
-
-@pytest.mark.parametrize("block_size", [1, 8, 32, 64, 128, 256])
-def test_rotation_in_parts_equals_the_matrix(block_size):
-    x = np.random.default_rng(0).standard_normal((3, 2, block_size), dtype=np.float32)
-    # float32 sums in another order
-    np.testing.assert_allclose(rotate_in_parts(jnp.asarray(x)), x @ hadamard_matrix(block_size), atol=1e-5)
 
 
 def test_rotation_scales_by_a_power_of_two():
