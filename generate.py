@@ -31,7 +31,7 @@ from ltx_jax.denoise import Pair
 from ltx_jax.environment import prepare
 from ltx_jax.geometry import VideoGrid
 from ltx_jax.lora import Lora
-from ltx_jax.media import check_writable, read_image, write_mp4, write_wav
+from ltx_jax.media import check_writable, read_audio, read_image, write_mp4, write_wav
 from ltx_jax.memory import peak_rss_bytes
 from ltx_jax.modes import images_of, parse_image
 from ltx_jax.noise import read_noise
@@ -271,6 +271,11 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
     # What cannot be read should fail before models are loaded, not after.
     for path, _ in images_of(settings):
         read_image(path)
+    for path in (settings.audio, settings.video, settings.reference):
+        if path is not None and not path.is_file():
+            raise UsageError(f"there is no file at {path}")
+    if settings.audio is not None:
+        read_audio(settings.audio, seconds=1.0)
     if settings.noise is not None:
         read_noise(settings.noise)
     loras = loras_of(arguments)

@@ -37,7 +37,6 @@ from hlwq_jax import (
     unpack,
     unpack_planes,
 )
-from hlwq_jax.hadamard import hadamard_matrix
 from scripts._bench import Peers, Seconds, as_json, interleaved, machine, write_json
 from scripts._q5_k import SUPER, quantize_q5_k
 
@@ -97,7 +96,7 @@ def our_steps(in_features: int) -> Cases:
         "unpack and look up": (lambda lo, hi, levels: levels[unpack_planes(lo, hi, **layout)], (lo, hi, levels)),
         "rotate by one product of 128": (lambda values: values @ hadamard_matrix(BLOCK_SIZE), (values,)),
         "norms, to bfloat16": (lambda x, norms: (x * norms[..., None]).astype(jnp.bfloat16), (values, norms)),
-        "rotate by quarters, norms, to bfloat16": (
+        "rotate, norms, to bfloat16": (
             lambda x, norms: (
                 jnp.matmul(x, hadamard_matrix(x.shape[-1]), precision="highest") * norms[..., None]
             ).astype(jnp.bfloat16),
