@@ -3,48 +3,45 @@
 python generate.py --checkpoint DIR --prompt "a heron lands on still water" --output heron.mp4
 """
 
-import hashlib
 import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 import tyro
-from einops import rearrange
 from rich.console import Console
-from safetensors.flax import save_file
 
 from ltx_jax.cache import written_whole
 from ltx_jax.cards import find_card
-from ltx_jax.checkpoint import MANIFEST
-from ltx_jax.clip import latents_of
+from ltx_jax.clip import Callback, Clip, latents_of
 from ltx_jax.config import VideoVAEConfig
 from ltx_jax.denoise import Pair
 from ltx_jax.environment import prepare
 from ltx_jax.geometry import VideoGrid
+from ltx_jax.latents import Latents, save_latents
 from ltx_jax.lora import Lora
-from ltx_jax.media import check_writable, read_audio, read_image, write_mp4, write_wav
+from ltx_jax.media import Frames, check_writable, read_audio, read_image, read_video, write_mp4, write_png, write_wav
 from ltx_jax.memory import peak_rss_bytes
-from ltx_jax.modes import images_of, parse_image
+from ltx_jax.modes import images_of
 from ltx_jax.noise import read_noise
-from ltx_jax.pipeline import Callback, Latents, Pipeline, load_pipeline
+from ltx_jax.pictures import evenly_spaced_numbers, sheet_of
+from ltx_jax.pipeline import Pipeline, load_pipeline
 from ltx_jax.plan import Offload, Plan, plan_published, plan_table, refusal
 from ltx_jax.presets import LTX_2_3
 from ltx_jax.preview import kept_factors, preview, write_preview
 from ltx_jax.progress import TerminalProgress
+from ltx_jax.record import changes, facts_of, is_made, read_record, recorded_settings
 from ltx_jax.replay import Replay
 from ltx_jax.settings import Settings
+from ltx_jax.several import Task, parse_seeds, read_prompts, tasks_of
 
-CLIP_FORMAT = "ltx-jax clip"
-PATHS = ("audio", "video", "reference", "noise")  # settings that name a file
+SHEET_COLUMNS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +69,14 @@ class Arguments:
     """With --plan: a card by name, such as rtx4090, in place of the device at hand."""
     json: bool = False
     """With --plan: print JSON."""
+    prompts: Path | None = None
+    """Several clips: a file with a prompt a line, or JSON: a list of prompts, or of objects whose keys are settings.
+    Clips are named after the output; a sheet of all of them is written beside it as .png."""
+    seeds: str | None = None
+    """Several clips: each prompt with each of these seeds, as 1-8 or 1,3,10-12."""
     watch: Path | None = None
-    """Keep a small animation of the clip in this file (.png or .gif) while it is denoised, new at every step."""
+    """Keep a small animation of the clip in this file (.png or .gif) while it is denoised, new at every step. A preview
+    has one beside its output."""
     resume: bool = False
     """Go on with the run into the same output that was cut off; the result is the same, bit for bit."""
     keep_prompts: bool = True
@@ -113,44 +116,6 @@ def loras_of(arguments: "Arguments") -> list[Lora]:
     return loras
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_clip_json(path: Path) -> dict[str, Any]:
-    """What a clip's .json says. Raises UsageError if it is not one."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as the .json of a clip: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != CLIP_FORMAT:
-        raise UsageError(f"{path} was not written beside a clip by generate.py")
-    return content
-
-
-def arguments_from(content: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that a clip's .json gives to the arguments."""
-    known = {f.name for f in fields(Settings)}
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items() if k in known
-    }
-    for name in PATHS:
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    for path, digest in content["files"].items():
-        if not Path(path).is_file():
-            raise UsageError(f"the clip was made with {path}, which is not there any more")
-        if sha256(Path(path)) != digest:
-            warnings.warn(f"{path} has changed since the clip was made: the new clip will differ", stacklevel=2)
-    return {
-        "checkpoint": Path(content["checkpoint"]),
-        "settings": Settings(**values),
-        "lora": tuple(content["lora"]),
-        "dtype": content["dtype"],
-    }
-
-
 def parse_arguments(argv: list[str]) -> tuple[Arguments, dict[str, Any] | None]:
     """The arguments, those of an earlier clip filled in below those given."""
     earlier = None
@@ -159,50 +124,16 @@ def parse_arguments(argv: list[str]) -> tuple[Arguments, dict[str, Any] | None]:
         if name == "--from":
             if not value and index + 1 == len(argv):
                 break
-            earlier = read_clip_json(Path(value or argv[index + 1]))
+            earlier = read_record(Path(value or argv[index + 1]))
     if earlier is None:
         return tyro.cli(Arguments, args=argv), None
-    default = Arguments(**arguments_from(earlier))
+    settings = recorded_settings(earlier)
+    if settings.preview and "--refine" in argv:  # what a preview is made for: its latents, at full size
+        settings = replace(settings, preview=False, latents=Path(earlier["kept_latents"]))
+    default = Arguments(
+        checkpoint=Path(earlier["checkpoint"]), settings=settings, lora=tuple(earlier["lora"]), dtype=earlier["dtype"]
+    )
     return tyro.cli(Arguments, args=argv, default=default), earlier
-
-
-def clip_json(arguments: Arguments, loras: list[Lora]) -> dict[str, Any]:
-    """Everything needed to make the same clip again, bit for bit on the same machine."""
-    settings, checkpoint = arguments.settings, arguments.checkpoint
-    assert checkpoint is not None
-    values = asdict(settings)
-    files = [lora.path.resolve() for lora in loras]
-    images = [parse_image(text) for text in settings.image]
-    files += [path.resolve() for path, _, _ in images]
-    values["image"] = [
-        f"{path.resolve()}@{frame}" + ("" if strength is None else f":{strength}") for path, frame, strength in images
-    ]
-    for name in PATHS:
-        path = getattr(settings, name)
-        if path is not None:
-            files.append(path.resolve())
-            values[name] = str(path.resolve())
-    return {
-        "format": CLIP_FORMAT,
-        "settings": values,
-        "checkpoint": str(checkpoint.resolve()),
-        "checkpoint_sha256": sha256(checkpoint / MANIFEST),
-        "lora": [":".join(map(str, [lora.path.resolve(), lora.strength, lora.in_stage(2)])) for lora in loras],
-        "dtype": arguments.dtype,
-        "files": {str(path): sha256(path) for path in files},
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
-    }
-
-
-def save_latents(path: Path, latents: Latents) -> None:
-    """Writes the latents in the axes that the reference uses: channels before frames."""
-    with written_whole(path) as temporary:
-        arrays = {
-            "out.video_latent": rearrange(latents.video, "b f h w c -> b c f h w"),
-            "out.audio_latent": rearrange(latents.audio, "b t bins c -> b c t bins"),
-        }
-        save_file({name: jnp.asarray(array) for name, array in arrays.items()}, str(temporary))
 
 
 def print_plan(arguments: Arguments) -> None:
@@ -236,14 +167,80 @@ def print_plan(arguments: Arguments) -> None:
 def watcher(pipe: Pipeline, path: Path, settings: Settings, grid: VideoGrid) -> Callback:
     """Called after every model call: shows what the clip will be."""
     factors = kept_factors(pipe.manifest, lambda: pipe.model("video_vae"))
-    stages = settings.stages(pipe.configs.transformer.num_layers, grid)
+    stages = {stage.number: stage for stage in settings.stages(pipe.configs.transformer.num_layers, grid)}
 
     def show(stage: int, step: int, sigma: float, tokens: Pair, denoised: Pair) -> None:
-        if denoised.video is not None:
-            latents = latents_of(pipe, denoised, stages[stage - 1].grid(grid)).video
-            write_preview(path, preview(latents, factors), fps=grid.fps / grid.scale[0])
+        if denoised.video is None:
+            return
+        size = stages[stage].grid(grid)
+        # The windows of a clip that is extended are shorter than its beginning.
+        frames = min(denoised.video.shape[1] // (size.latent_height * size.latent_width), size.latent_frames)
+        size = replace(size, num_frames=(frames - 1) * size.scale[0] + 1)
+        write_preview(path, preview(latents_of(pipe, denoised, size).video, factors), fps=grid.fps / grid.scale[0])
 
     return show
+
+
+def check_files(arguments: Arguments, tasks: list[Task]) -> None:
+    """Raises for what cannot be read or written: before models are loaded, not after."""
+    for task in tasks:
+        settings, output = task.settings, task.output
+        if output.suffix.lower() not in (".mp4", ".wav"):
+            raise UsageError(f"the output must end in .mp4, or in .wav for the sound alone, got {output}")
+        if settings.sound_only and output.suffix.lower() != ".wav":
+            raise UsageError(f"--sound-only makes no picture: the output must end in .wav, got {output}")
+        for path in (output, output.with_suffix(".json")):
+            check_writable(path)
+        for path, _ in images_of(settings):
+            read_image(path)
+        for path in (settings.audio, settings.video, settings.reference, settings.latents):
+            if path is not None and not path.is_file():
+                raise UsageError(f"there is no file at {path}")
+        if settings.audio is not None:
+            read_audio(settings.audio, seconds=1.0)
+        if settings.noise is not None:
+            read_noise(settings.noise)
+    if arguments.save_latents is not None:
+        if len(tasks) > 1:
+            raise UsageError("--save-latents names one file; it is for one clip")
+        if tasks[0].settings.extend is not None:
+            raise UsageError(
+                "--save-latents: a clip that is extended has no latents of its own, but one for each window"
+            )
+        check_writable(arguments.save_latents)
+    if arguments.watch is not None:
+        check_writable(arguments.watch, suffixes=(".png", ".gif"))
+
+
+def tasks_of_call(arguments: Arguments) -> list[Task]:
+    """The clips that a call asks for."""
+    settings = arguments.settings
+    if arguments.prompts is None and arguments.seeds is None:
+        return [Task(settings=settings, output=arguments.output, label=settings.prompt)]
+    if arguments.prompts is not None and settings.prompt:
+        raise UsageError("--prompts gives the prompts; leave out --prompt")
+    seeds = None if arguments.seeds is None else parse_seeds(arguments.seeds)
+    prompts = [settings] if arguments.prompts is None else read_prompts(arguments.prompts, settings)
+    return tasks_of(prompts, seeds, arguments.output)
+
+
+@dataclass
+class Run:
+    """One clip on its way."""
+
+    task: Task
+    grid: VideoGrid
+    plan: Plan
+    facts: dict[str, Any]
+    keep: Path | None  # where its latents are kept
+    replay: Replay | None = None  # what is known of it, step by step, beside the output until the clip is written
+    made: Latents | Clip | None = None
+    shown: Frames | None = None  # some frames, for a sheet
+
+
+def same_shape(one: Settings, other: Settings) -> bool:
+    """Whether the same plan holds for both."""
+    return replace(one, prompt="", seed=0) == replace(other, prompt="", seed=0)
 
 
 def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
@@ -257,27 +254,8 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
             raise UsageError(f"{flag} is for --plan")
     if arguments.checkpoint is None:
         raise UsageError("--checkpoint is missing: the folder that `python -m convert` made")
-    output = arguments.output
-    if output.suffix.lower() not in (".mp4", ".wav"):
-        raise UsageError(f"the output must end in .mp4, or in .wav for the sound alone, got {output}")
-    settings = arguments.settings
-    if settings.sound_only and output.suffix.lower() != ".wav":
-        raise UsageError(f"--sound-only makes no picture: the output must end in .wav, got {output}")
-    for path in (output, output.with_suffix(".json"), arguments.save_latents):
-        if path is not None:
-            check_writable(path)
-    if arguments.watch is not None:
-        check_writable(arguments.watch, suffixes=(".png", ".gif"))
-    # What cannot be read should fail before models are loaded, not after.
-    for path, _ in images_of(settings):
-        read_image(path)
-    for path in (settings.audio, settings.video, settings.reference):
-        if path is not None and not path.is_file():
-            raise UsageError(f"there is no file at {path}")
-    if settings.audio is not None:
-        read_audio(settings.audio, seconds=1.0)
-    if settings.noise is not None:
-        read_noise(settings.noise)
+    tasks = tasks_of_call(arguments)
+    check_files(arguments, tasks)
     loras = loras_of(arguments)
     progress = TerminalProgress()
     pipe = load_pipeline(
@@ -288,44 +266,107 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
         keep_prompts=arguments.keep_prompts,
         progress=progress,
     )
-    grid = pipe.check(settings)
-    plan = pipe.plan(settings)
-    facts = clip_json(arguments, loras)
+    runs = []
+    for task in tasks:
+        grid = pipe.check(task.settings)
+        alike = (run.plan for run in runs if same_shape(run.task.settings, task.settings))
+        plan = next(alike, None) or pipe.plan(task.settings)
+        keep = task.output.with_suffix(".safetensors") if task.settings.preview else arguments.save_latents
+        runs.append(Run(task, grid, plan, facts_of(task.settings, pipe, arguments.dtype, kept_latents=keep), keep))
     if earlier is not None:
-        for name in ("checkpoint_sha256", "device", "versions"):
-            if earlier.get(name) != facts[name]:
-                progress.console.print(f"[yellow]{name} is not what the clip was made with: it may differ")
-    progress.console.print(
-        f"{settings.pipeline}: {grid.width}x{grid.height}, {grid.num_frames} frames at {grid.fps:g} fps, seed "
-        f"{settings.seed}, {pipe.dtype.name} on {facts['device']}"
-    )
-    progress.say(plan.line())
-    # What is known of the run, step by step, beside the output until the clip is written.
-    replay = Replay(output.with_name(f".{output.name}.unfinished"), facts, resume=arguments.resume)
-    if arguments.resume:
-        progress.say(f"goes on: {replay.num_calls} model calls are there")
-    watching = None if arguments.watch is None else watcher(pipe, arguments.watch, settings, grid)
+        for name in changes(earlier, runs[0].facts):
+            progress.console.print(f"[yellow]{name} is not what the clip was made with: it may differ")
+    several = len(runs) > 1
+    todo = [run for run in runs if not (several and arguments.resume and is_made(run.task.output, run.facts))]
+    if len(todo) < len(runs):
+        progress.say(f"{len(runs) - len(todo)} of {len(runs)} clips are there already")
+    for run in todo:
+        folder = run.task.output.with_name(f".{run.task.output.name}.unfinished")
+        resume = arguments.resume and (folder.is_dir() or not several)
+        run.replay = Replay(folder, run.facts, resume=resume)
     try:
-        latents = pipe.generate_latents(settings, replay=replay, callback=watching)
-    except ValueError:  # of what was asked for: there is nothing to go on from
-        replay.remove()
+        make(pipe, arguments, todo)
+    except ValueError:  # of what was asked for: nothing is left that nobody could go on from
+        for run in todo:
+            if run.replay is not None and not run.replay.num_calls:
+                run.replay.remove()
         raise
-    if arguments.save_latents is not None:
-        save_latents(arguments.save_latents, latents)
-    waveform, rate = pipe.sound(latents, settings)
+    for run in todo:
+        if run.made is not None:
+            pipe.adopt(run.plan)
+            write(pipe, run)
+    if several and not runs[0].task.settings.sound_only:
+        sheet = arguments.output.with_suffix(".png")
+        clips = [run.shown if run.shown is not None else read_video(run.task.output).frames for run in runs]
+        write_png(sheet, sheet_of(clips, [run.task.label for run in runs], columns=SHEET_COLUMNS))
+        progress.console.print(f"wrote {sheet}: {SHEET_COLUMNS} frames of each clip")
+    seconds = time.monotonic() - started
+    outputs = [str(run.task.output) for run in todo]
+    progress.console.print(
+        f"wrote {', '.join(outputs)} and beside {'it' if len(outputs) == 1 else 'each'} its .json in {seconds:.0f} s, "
+        f"peak host memory {peak_rss_bytes() / 1e9:.1f} GB"
+    )
+    if tasks[0].settings.preview and len(tasks) == 1:
+        record = tasks[0].output.with_suffix(".json")
+        progress.console.print(f"at full size: python generate.py --from {record} --refine --output FILE.mp4")
+
+
+def make(pipe: Pipeline, arguments: Arguments, runs: list[Run]) -> None:
+    """The latents of each clip, or the whole clip where it is made in windows: that is written at once."""
+    progress = pipe.progress
+    contexts = pipe.contexts_of([run.task.settings for run in runs])
+    for number, (run, (positive, negative)) in enumerate(zip(runs, contexts, strict=True), 1):
+        settings, grid = run.task.settings, run.grid
+        progress.say(
+            (f"{number} of {len(runs)}: " if len(runs) > 1 else "")
+            + f"{settings.pipeline}: {grid.width}x{grid.height}, {grid.num_frames} frames at {grid.fps:g} fps, seed "
+            f"{settings.seed}, {pipe.dtype.name} on {run.facts['device']}"
+        )
+        progress.say(run.plan.line())
+        pipe.adopt(run.plan)
+        if arguments.resume and run.replay is not None:
+            progress.say(f"goes on: {run.replay.num_calls} model calls are there")
+        watch = arguments.watch or (run.task.output.with_suffix(".png") if settings.preview else None)
+        watching = None if watch is None else watcher(pipe, watch, settings, grid)
+        denoise = pipe.generate_latents if settings.extend is None else pipe.extend
+        run.made = denoise(settings, prompt=positive, negative=negative, replay=run.replay, callback=watching)
+        if isinstance(run.made, Clip):
+            write(pipe, run)
+
+
+def write(pipe: Pipeline, run: Run) -> None:
+    """The files of a clip: the clip, its latents if they are to be kept, and last its .json. Then it is done with."""
+    settings, output = run.task.settings, run.task.output
+    assert run.made is not None
+    assert run.replay is not None
+    if isinstance(run.made, Clip):
+        waveform, rate, fps = run.made.waveform, run.made.sample_rate_hz, run.made.fps
+        frames, total = iter(run.made.frames), len(run.made.frames)
+    else:
+        if run.keep is not None:
+            save_latents(run.keep, run.made, fps=run.grid.fps)
+        waveform, rate = pipe.sound(run.made, settings)
+        size = settings.finished(run.grid)
+        fps, total = size.fps, size.num_frames
+        frames = (frame for chunk in pipe.decode_video(run.made.video) for frame in chunk)
     if settings.sound_only:
         write_wav(output, waveform, rate)
     else:
-        frames = (frame for chunk in pipe.decode_video(latents.video) for frame in chunk)
-        write_mp4(output, frames, fps=grid.fps, waveform=waveform, sample_rate_hz=rate)
+        picks = set(evenly_spaced_numbers(total, SHEET_COLUMNS).tolist())
+        shown = []
+
+        def passed() -> Iterator[Any]:
+            for number, frame in enumerate(frames):
+                if number in picks:
+                    shown.append(frame)
+                yield frame
+
+        write_mp4(output, passed(), fps=fps, waveform=waveform if len(waveform) else None, sample_rate_hz=rate)
+        run.shown = np.stack(shown)
     with written_whole(output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    replay.remove()
-    seconds = time.monotonic() - started
-    progress.console.print(
-        f"wrote {output} and {output.with_suffix('.json')} in {seconds:.0f} s, "
-        f"peak host memory {peak_rss_bytes() / 1e9:.1f} GB"
-    )
+        temporary.write_text(json.dumps(run.facts, indent=1) + "\n")
+    run.replay.remove()
+    run.made = None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,32 +7,24 @@ Source: the pipelines `ti2vid_one_stage`, `ti2vid_two_stages` (and its HQ form),
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from ltx_jax.checkpoint import Configs
 from ltx_jax.conditioning import audio_state, video_state
 from ltx_jax.conditions import Condition, Scene, States
 from ltx_jax.denoise import Pair, Prompt
+from ltx_jax.engine import Engine
 from ltx_jax.geometry import VideoGrid, audio_latent_length, unpatchify_audio, unpatchify_video
+from ltx_jax.latents import Latents, read_latents
+from ltx_jax.modes import Media
 from ltx_jax.noise import Noise
 from ltx_jax.replay import Replay
 from ltx_jax.sampling import euler, res_2s
 from ltx_jax.settings import Settings, StageSettings
-
-if TYPE_CHECKING:
-    from ltx_jax.pipeline import Pipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latents:
-    """What denoising gives: normalised latents of both modalities. Where only sound was made, of no frames."""
-
-    video: Float[Array, "1 frames height width video_channels"]
-    audio: Float[Array, "1 time bins audio_channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +35,7 @@ class Clip:
     fps: float
     waveform: Float[np.ndarray, "samples channels"]  # in [-1, 1]
     sample_rate_hz: int
-    latents: Latents
+    latents: Latents | None  # none of a clip that was put together from several windows
 
 
 # called after every model call: stage, step, sigma, noisy tokens, the model's denoised tokens
@@ -51,32 +43,39 @@ Callback = Callable[[int, int, float, Pair, Pair], None]
 
 
 def make_latents(
-    pipe: "Pipeline",
+    engine: Engine,
     settings: Settings,
     grid: VideoGrid,
     conditions: Sequence[Condition],
     *,
-    positive: Prompt,
+    positive: Prompt | None,
     negative: Prompt | None,
     noise: Mapping[str, Any] | None,
     callback: Callback | None = None,
     replay: Replay | None = None,
+    first: Latents | None = None,
+    window: int = 0,
 ) -> Latents:
-    """Denoises a clip of a size: every stage with all that is given. See `Pipeline.generate_latents`."""
-    stages = settings.stages(pipe.configs.transformer.num_layers, grid)
-    source = Noise(settings.seed, noise, pipe.dtype)
-    scenes = [scene(pipe, grid, stage) for stage in stages]
+    """Denoises a clip of a size: every stage with all that is given, and then the upscalers that settings ask for.
+
+    `first` are latents in place of those of a first stage. `window` counts those of a clip that is extended. See
+    `Pipeline.generate_latents`.
+    """
+    stages = settings.stages(engine.configs.transformer.num_layers, grid)
+    several = settings.num_stages > 1
+    scenes = [scene(engine, grid, stage) for stage in stages]
     # What is given is encoded for all stages before the transformer needs the room.
     placed = [[condition(scene) for condition in conditions] for scene in scenes]
-    latents, first = None, None
+    latents = first
     for stage, scene_, placements in zip(stages, scenes, placed, strict=True):
         if latents is not None:
-            latents = replace(latents, video=pipe.upscale(latents.video))
-        states = start(pipe.configs, scene_.grid, latents, dtype=pipe.dtype, sound_only=settings.sound_only)
+            latents = replace(latents, video=engine.upscale(latents.video, then_denoise=True))
+        assert positive is not None
+        states = start(engine.configs, scene_.grid, latents, dtype=engine.dtype, sound_only=settings.sound_only)
         for place in placements:
             states = place(states)
-        several = len(stages) > 1
-        tokens = pipe.denoise(
+        source = Noise(settings.seed, noise, engine.dtype, stage=stage.number, window=window)
+        tokens = engine.denoise(
             states,
             source.draw(states, f"stage{stage.number}_" if several else ""),
             positive,
@@ -86,25 +85,42 @@ def make_latents(
             guidance=stage.guidance,
             sampler=euler if stage.sampler == "euler" else partial(res_2s, noise=source.fresh),
             callback=callback and partial(callback, stage.number),
-            memory=replay and replay.stage(f"stage{stage.number}"),
+            memory=replay and replay.stage(f"window{window}-stage{stage.number}"),
             stage_number=stage.number,
             stage=f"denoise, stage {stage.number}" if several else "denoise",
         )
-        latents = latents_of(pipe, tokens, scene_.grid)
+        latents = latents_of(engine, tokens, scene_.grid)
         first = first or latents
     assert latents is not None
     assert first is not None
-    # A guided first stage has the better sound; the distilled one gains from the second.
-    return latents if stages[0].guidance is None else replace(latents, audio=first.audio)
+    if settings.guided:  # a guided first stage has the better sound; the distilled one gains from the second
+        latents = replace(latents, audio=first.audio)
+    for upscaler in settings.upscalers:
+        latents = replace(latents, video=engine.upscale(latents.video, upscaler))
+    return latents
 
 
-def scene(pipe: "Pipeline", grid: VideoGrid, stage: StageSettings) -> Scene:
+def given_latents(engine: Engine, settings: Settings, grid: VideoGrid, media: Media) -> Latents | None:
+    """The latents that the settings name or whose pixels they name, in place of those of a first stage."""
+    if settings.latents is not None:
+        return read_latents(settings.latents, engine.configs)
+    if not settings.given_whole or media.video is None:
+        return None
+    if settings.refine:
+        grid = replace(grid, height=grid.height // 2, width=grid.width // 2)
+    audio = engine.configs.audio_vae
+    # The sound of a clip stays as it is: where a second stage hears it, a condition encodes it.
+    silence = jnp.zeros((1, 0, audio.latent_bins, audio.latent_channels), engine.dtype)
+    return Latents(video=engine.encode_frames(media.video.frames, grid), audio=silence)
+
+
+def scene(engine: Engine, grid: VideoGrid, stage: StageSettings) -> Scene:
     """A stage of a clip of a size, as conditions see it."""
     grid = stage.grid(grid)
     return Scene(
         grid=grid,
-        encode_frames=pipe.encode_frames,
-        encode_audio=partial(pipe.encode_audio, num_latents=sound_length(pipe.configs, grid), seconds=grid.seconds),
+        encode_frames=engine.encode_frames,
+        encode_audio=partial(engine.encode_audio, num_latents=sound_length(engine.configs, grid), seconds=grid.seconds),
     )
 
 
@@ -116,19 +132,20 @@ def sound_length(configs: Configs, grid: VideoGrid) -> int:
 def start(configs: Configs, grid: VideoGrid, latents: Latents | None, *, dtype: Any, sound_only: bool) -> States:
     """What both modalities start from: nothing, or the latents of an earlier stage."""
     seen, heard = (None, None) if latents is None else (latents.video, latents.audio)
+    heard = None if heard is None or not heard.shape[1] else heard
     audio = audio_state(sound_length(configs, grid), configs.audio_vae, dtype=dtype, latents=heard)
     if sound_only:
         return None, audio
     return video_state(grid, channels=configs.transformer.video.in_channels, dtype=dtype, latents=seen), audio
 
 
-def latents_of(pipe: "Pipeline", tokens: Pair, grid: VideoGrid) -> Latents:
+def latents_of(engine: Engine, tokens: Pair, grid: VideoGrid) -> Latents:
     """The clip's own tokens as latents; what was appended is cut off."""
     video, audio = tokens
     assert audio is not None
     if video is None:
-        video = jnp.zeros((1, 0, pipe.configs.transformer.video.out_channels), pipe.dtype)
+        video = jnp.zeros((1, 0, engine.configs.transformer.video.out_channels), engine.dtype)
     return Latents(
         video=unpatchify_video(video[:, : grid.num_tokens], grid),
-        audio=unpatchify_audio(audio, pipe.configs.audio_vae),
+        audio=unpatchify_audio(audio, engine.configs.audio_vae),
     )

@@ -142,6 +142,45 @@ def retake(video: Video, start: float, stop: float, *, keep_audio: bool = False,
     return encode
 
 
+def continuation(
+    frames: Frames, waveform: Waveform | None, sample_rate_hz: int, *, backwards: bool = False
+) -> Condition:
+    """The 8k + 1 last frames of a clip and the sound of the same time, for a clip that goes on from them.
+
+    They are kept as the first of the new clip; `backwards` the first frames of a clip as the last of the new one. Where
+    there is no waveform, sound is made anew for all of the clip.
+    """
+
+    def encode(scene: Scene) -> Placement:
+        grid = scene.grid
+        latents = scene.encode_frames(frames, grid)
+        # As the last frames, they are whole latents but for the first frame: it shares its latent with new ones.
+        picture = latents[:, 1:] if backwards else latents
+        at = grid.latent_frames - picture.shape[1] if backwards else 0
+        heard, seconds = None, 0.0
+        if waveform is not None:
+            seconds = len(waveform) / sample_rate_hz
+            missing = max(round(grid.seconds * sample_rate_hz) - len(waveform), 0)
+            # The encoder hears what came before: its own echo disturbs it less than silence.
+            padded = np.pad(waveform, ((missing, 0), (0, 0)), "reflect") if backwards else waveform
+            heard = scene.encode_audio(padded, sample_rate_hz)
+
+        def place(states: States) -> States:
+            video, audio = states
+            assert video is not None
+            video = replace_frame(video, picture, grid=grid, latent_frame=at)
+            if heard is None or audio is None:
+                return video, audio
+            audio = given(audio, heard)
+            if backwards:
+                return video, retake_window(audio, 0.0, grid.seconds - seconds)
+            return video, retake_window(audio, seconds, np.inf)
+
+        return place
+
+    return encode
+
+
 def reference(
     frames: Frames, *, downscale: int = 1, time_stretch: int = 1, strength: float = 1.0, attention: float = 1.0
 ) -> Condition:

@@ -24,10 +24,14 @@ def read_noise(path: Path) -> dict[str, Array]:
 
 
 class Noise:
-    """The noise of each stage: from a seed, video first and then audio, or given."""
+    """The noise of one stage: from a seed, video first and then audio, or given.
 
-    def __init__(self, seed: int, given: Mapping[str, Any] | None, dtype: Any):
-        self.key = jax.random.key(seed)
+    Stages, and the windows of a clip that is extended, have noise of their own: each is the same with those before it
+    or alone.
+    """
+
+    def __init__(self, seed: int, given: Mapping[str, Any] | None, dtype: Any, *, stage: int = 1, window: int = 0):
+        self.key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), stage)
         self.given = given
         self.dtype = dtype
 
@@ -42,7 +46,7 @@ class Noise:
         )
 
     def draw(self, states: tuple[LatentState | None, LatentState | None], prefix: str) -> Pair:
-        """The next stage's noise. Raises ValueError where what was given does not fit."""
+        """What denoising starts from. Raises ValueError where what was given does not fit."""
         self.key, *keys = jax.random.split(self.key, 3)
         return Pair(
             *(

@@ -8,7 +8,7 @@ import av
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -68,6 +68,13 @@ def fit_video(
     return fitted
 
 
+def fit_frames(frames: Frames, *, height: int, width: int) -> UInt8[np.ndarray, "frames height width 3"]:
+    """`fit_video` as levels again; frames that have the size already are given back as they are."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    return np.round((fit_video(frames, height=height, width=width)[0] + 1) * 127.5).astype(np.uint8)
+
+
 def to_uint8(pixels: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Pixels in [-1, 1] to levels, clipped and truncated as the reference does."""
     return (np.clip((np.asarray(pixels, np.float32) + 1) / 2, 0, 1) * 255).astype(np.uint8)
@@ -98,7 +105,12 @@ def fit_length(frames: Frames, num_frames: int) -> UInt8[np.ndarray, "new_frames
 
 def evenly_spaced(frames: Frames, count: int) -> UInt8[np.ndarray, "count height width 3"]:
     """First and last frame and those between: what a row of a sheet shows of a clip, so all of it that need be kept."""
-    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    return frames[evenly_spaced_numbers(len(frames), count)]
+
+
+def evenly_spaced_numbers(num_frames: int, count: int) -> Int[np.ndarray, " count"]:
+    """Which frames of a clip `evenly_spaced` takes."""
+    return np.linspace(0, num_frames - 1, count).round().astype(int)
 
 
 def contact_sheet(frames: Frames, *, columns: int = 4, rows: int = 1) -> Sheet:

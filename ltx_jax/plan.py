@@ -20,6 +20,7 @@ from rich.table import Table
 from ltx_jax.cache import cache_folder, digest, keep_newest, source_digest, written_whole
 from ltx_jax.cards import Card
 from ltx_jax.checkpoint import Manifest, published_manifest
+from ltx_jax.latents import latents_size
 from ltx_jax.memory import free_bytes
 from ltx_jax.models.attention import AttentionForm
 from ltx_jax.modes import images_of, scales_of
@@ -49,7 +50,7 @@ KEPT = 1000  # plans and measured programs in the cache
 # Settings that change no shape: their values are arguments of the compiled programs.
 WITHOUT_MEMORY = (
     *("prompt", "enhance", "negative_prompt", "seed", "noise", "image_crf", "steps", "sigmas", "stage_2_sigmas"),
-    *("image", "audio", "video", "reference"),  # see `_given`
+    *("image", "audio", "video", "latents", "reference"),  # see `_given`
     *(f"{modality}_{name}" for modality in ("video", "audio") for name in ("rescale", "skip_step")),
 )
 
@@ -240,6 +241,8 @@ def plan_table(plan: Plan) -> Table:
 
 def refusal(make: Callable[[Settings], Plan], settings: Settings, plan: Plan, *, scale: tuple[int, int, int]) -> str:
     """Why a clip does not fit, and what would: see `nearest_sizes`. `scale` is that of the video VAE."""
+    if settings.latents is not None:  # they have the size that they have
+        return f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit {plan.line()}"
     near = nearest_sizes(make, settings, plan, step=scale[1] * settings.num_stages, frames=scale[0])
     sizes = [f"{s.width}x{s.height} with {s.num_frames} frames" for s in near]
     needs = f"{plan.width}x{plan.height} with {plan.num_frames} frames does not fit {plan.line()}"
@@ -300,4 +303,7 @@ def _given(settings: Settings, loras: tuple[Path, ...]) -> list[Any]:
     """What the files that settings name mean for the shapes of a plan."""
     images = [(condition.frame, condition.strength) for _, condition in images_of(settings)]
     video = None if settings.video is None else asdict(probe_video(settings.video))
-    return [images, settings.audio is not None, video, scales_of(settings, loras) if settings.reference else None]
+    # In latents: only that their size is the same matters here.
+    latents = None if settings.latents is None else asdict(latents_size(settings.latents, (1, 1, 1), fps=1.0))
+    scales = scales_of(settings, loras) if settings.reference else None
+    return [images, settings.audio is not None, video, latents, scales]

@@ -11,29 +11,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ltx_jax.cards import Card
 from ltx_jax.checkpoint import Manifest
 from ltx_jax.clip import sound_length, start
-from ltx_jax.conditions import Frames, Scene, States
+from ltx_jax.conditions import Condition, Frames, Scene, States, continuation
 from ltx_jax.denoise import Denoiser, Pair, Prompt, enter, estimate, leave
 from ltx_jax.geometry import VideoGrid, VideoLatents
 from ltx_jax.load import abstract_component, load_configs
-from ltx_jax.lora import add_loras
 from ltx_jax.memory import Memory, measure, nbytes
-from ltx_jax.models.attention import AttentionForm, set_attention_form
+from ltx_jax.models.attention import AttentionForm
 from ltx_jax.models.connector import Connector
 from ltx_jax.models.gemma import Gemma
 from ltx_jax.models.transformer import Transformer
-from ltx_jax.modes import blank_media, conditions_of, size_of
+from ltx_jax.modes import blank_media, conditions_of, given_size, size_of
 from ltx_jax.offload import Layout, Streamed, run_layer
 from ltx_jax.plan import TILES, Offload, Plan, Stage
-from ltx_jax.settings import Settings, StageSettings
+from ltx_jax.residency import adapt_component
+from ltx_jax.settings import STAGE_2_UPSCALER, Settings, StageSettings
 from ltx_jax.stack import Entered, layer_lists
 from ltx_jax.stages import decode_mel, decode_pixels, encode_pixels, upscale, vocode
 from ltx_jax.text import connect, enter_connector, enter_gemma, leave_connector, leave_gemma, project, read_text
 from ltx_jax.tiling import TileSize, tiles
+from ltx_jax.windows import windows_of
 
 
 class Planner:
@@ -87,13 +89,13 @@ class Planner:
     # -------------------------------------------------------------------- plan
 
     def plan(self) -> Plan:
-        stages = [*self.text_stages()]
+        stages = [] if self.settings.decodes_only else [*self.text_stages()]
         denoising = list(self.denoise_stages())
         stages += [*self.encoding_stages(), *denoising, *self.audio_stages()]
         tile = TILES[0]
         if not self.settings.sound_only:
-            most = max(stage.peak_bytes for stage in denoising)
-            decoding, tile = self.video_stage(min(self.limit_bytes, most))
+            most = max((stage.peak_bytes for stage in denoising), default=self.limit_bytes)
+            decoding, tile = self.video_stage(self.settings.finished(self.grid), min(self.limit_bytes, most))
             stages.append(decoding)
         weights = {name: nbytes(model) for name, model in self.abstract.items()}
         together = sum(weights.values()) + max(stage.added_bytes for stage in stages)
@@ -232,9 +234,20 @@ class Planner:
             grid=grid, encode_frames=encode_frames, encode_audio=lambda waveform, rate: jnp.zeros(heard, self.dtype)
         )
         states = start(self.configs, grid, None, dtype=self.dtype, sound_only=self.settings.sound_only)
-        for condition in conditions_of(self.settings, blank_media(self.settings, self.grid, tuple(self.loras))):
+        media = blank_media(self.settings, self.grid, tuple(self.loras))
+        for condition in [*self.continued(), *conditions_of(self.settings, media)]:
             states = condition(scene)(states)
         return states
+
+    def continued(self) -> list[Condition]:
+        """What a window of a clip that is extended sees of what is there."""
+        if self.settings.extend is None:
+            return []
+        clip = given_size(self.settings, self.grid.scale)
+        size = self.settings.grid(self.grid.scale, clip)
+        windows = windows_of(self.settings, size, size.num_frames if clip is None else clip.num_frames)
+        frames = np.broadcast_to(np.zeros(3, np.uint8), (windows.num_context, 1, 1, 3))
+        return [continuation(frames, None, 1, backwards=windows.backwards)]
 
     def prompt(self) -> Prompt:
         length = self.manifest.text_length or 1
@@ -244,12 +257,24 @@ class Planner:
         )
 
     def denoise_stages(self) -> Iterator[Stage]:
+        """The stages of denoising with the upscaler between them, and the upscalers behind."""
+        half = replace(self.grid, height=self.grid.height // 2, width=self.grid.width // 2)
         for stage in self.denoising:
-            name = "denoise" if len(self.denoising) == 1 else f"denoise, stage {stage.number}"
+            name = "denoise" if self.settings.num_stages == 1 else f"denoise, stage {stage.number}"
             self.told(name)
             if stage.number == 2:
-                yield self.upscale_stage(self.denoising[0].grid(self.grid))
+                yield self.upscale_stage("upscale", STAGE_2_UPSCALER, half, then_denoise=not self.settings.refine)
             yield self.denoise_stage(name, stage)
+        if self.settings.decodes_only and self.settings.video is not None:
+            self.encoded.append(self.grid)
+        elif self.settings.refine and self.settings.video is not None:
+            self.encoded.append(half)
+        grid = self.grid
+        for number, upscaler in enumerate(self.settings.upscalers):
+            self.told(upscaler)
+            yield self.upscale_stage(upscaler.replace("_", " "), upscaler, grid)
+            first = replace(self.settings, upscale_time=False)
+            grid = (first if number == 0 and self.settings.upscale else self.settings).finished(self.grid)
 
     def denoise_stage(self, name: str, stage: StageSettings) -> Stage:
         states, prompt, guidance = self.states(stage), self.prompt(), stage.guidance
@@ -341,13 +366,14 @@ class Planner:
             compile_seconds=seconds,
         )
 
-    def upscale_stage(self, grid: VideoGrid) -> Stage:
-        """Between two denoising stages; a resident transformer stays, as it is needed again."""
+    def upscale_stage(self, name: str, upscaler: str, grid: VideoGrid, *, then_denoise: bool = False) -> Stage:
+        """Between two denoising stages a resident transformer stays, as it is needed again."""
         latents = self.latents(grid)
         statistics = self.model("video_vae").statistics
-        program = self.measure(upscale, self.model("upscaler_spatial_x2"), statistics, latents)
-        held = 0 if "transformer" in self.streamed else nbytes(self.model("transformer"))
-        stage = self.stage("upscale", ("upscaler_spatial_x2", "video_vae"), program, held_bytes=held)
+        program = self.measure(upscale, self.model(upscaler), statistics, latents)
+        stays = then_denoise and "transformer" not in self.streamed
+        held = nbytes(self.model("transformer")) if stays else 0
+        stage = self.stage(name, (upscaler, "video_vae"), program, held_bytes=held)
         return stage if stage.peak_bytes <= self.limit_bytes else replace(stage, held_bytes=0)
 
     # ----------------------------------------------------------------- decoding
@@ -380,9 +406,8 @@ class Planner:
             second = measure(self.target, vocode, vocoder, mel)
         yield self.stage("decode audio", ("audio_vae", "vocoder"), first, second)
 
-    def video_stage(self, ceiling: int) -> tuple[Stage, TileSize]:
+    def video_stage(self, grid: VideoGrid, ceiling: int) -> tuple[Stage, TileSize]:
         """Decoding with the largest tiles that need no more than denoising does, or else the smallest."""
-        grid = self.grid
         latents = self.latents(grid)
         vae = self.model("video_vae")
         scale = self.configs.video_vae.scale
@@ -409,20 +434,6 @@ class Planner:
                 break
         assert stage is not None
         return stage, tile
-
-
-def adapt_component(
-    model: nnx.Module,
-    component: str,
-    manifest: Manifest,
-    *,
-    attention: AttentionForm,
-    loras: Sequence[tuple[Path, float]],
-) -> None:
-    """What a run changes in a model, abstract or not, in place: the form of attention, and LoRAs of the transformer."""
-    set_attention_form(model, attention)
-    if component == "transformer" and loras:
-        add_loras(model, loras, manifest.linears_below("model.diffusion_model.", component))
 
 
 def split_layers(model: nnx.Module) -> tuple[nnx.Module, dict[str, list[Layout]]]:

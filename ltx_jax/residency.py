@@ -13,11 +13,10 @@ from flax import nnx
 
 from ltx_jax.checkpoint import LAYERED, Manifest
 from ltx_jax.load import load_component
-from ltx_jax.lora import Lora, set_strengths
-from ltx_jax.models.attention import AttentionForm
+from ltx_jax.lora import Lora, add_loras, set_strengths
+from ltx_jax.models.attention import AttentionForm, set_attention_form
 from ltx_jax.offload import Streamed
 from ltx_jax.plan import TILES, Plan
-from ltx_jax.planner import adapt_component
 from ltx_jax.tiling import TileSize
 
 
@@ -125,3 +124,17 @@ class Residency:
             return False
         self.way = smaller
         return True
+
+
+def adapt_component(
+    model: nnx.Module,
+    component: str,
+    manifest: Manifest,
+    *,
+    attention: AttentionForm,
+    loras: Sequence[tuple[Path, float]],
+) -> None:
+    """What a run changes in a model, abstract or not, in place: the form of attention, and LoRAs of the transformer."""
+    set_attention_form(model, attention)
+    if component == "transformer" and loras:
+        add_loras(model, loras, manifest.linears_below("model.diffusion_model.", component))

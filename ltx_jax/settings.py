@@ -1,5 +1,6 @@
 """The settings of a clip: one vocabulary for `generate.py`'s flags, the pipeline's arguments and `clip.json`."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -32,6 +33,10 @@ DEV_STEPS = 30
 HQ_VIDEO = Guidance(cfg_scale=3.0, rescale=0.45, modality_scale=3.0)
 HQ_AUDIO = Guidance(cfg_scale=7.0, rescale=1.0, modality_scale=3.0)
 HQ_STEPS = 15
+STAGE_2_UPSCALER = "upscaler_spatial_x2"
+# A preview: the distilled model's sigmas less three of its first, small steps; or a third of the guided steps.
+PREVIEW_SIGMAS = (1.0, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+PREVIEW_DIVISOR = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,11 @@ class Settings:
     """A sound file, or a clip with sound, that the clip is made for; it keeps this sound."""
     video: Path | None = None
     """A clip to work on: see `retake`."""
+    extend: float | None = None
+    """Seconds by which `video`, or the clip that is made, is continued: behind its end, or before its start where they
+    are negative. Longer ones are made in windows of `num_frames` that overlap, each from the frames before it."""
+    overlap: float = 1.0
+    """With `extend`: seconds that each window sees of what is there."""
     retake: str | None = None
     """START:END in seconds: what of `video` is made anew; the rest stays."""
     keep_audio: bool = False
@@ -127,6 +137,17 @@ class Settings:
     """1: the reference is as it is; below, it is noised with the clip."""
     reference_attention: float = 1.0
     """1: full attention between clip and reference; 0: none."""
+    latents: Path | None = None
+    """A safetensors file that an earlier run kept (--save-latents, --preview): to decode, upscale or refine."""
+    preview: bool = False
+    """The first of two stages alone: half the size, few steps. Its latents are kept, for `refine`."""
+    refine: bool = False
+    """The second of two stages alone, on `latents` or on `video`: twice their size, with detail from the prompt."""
+    upscale: float | None = None
+    """1.5 or 2: the latents are upscaled by this before they are decoded; `video` or `latents` without a denoising
+    step, or those of the clip that is made."""
+    upscale_time: bool = False
+    """Twice the frames in the same time, by the temporal latent upscaler."""
     sound_only: bool = False
     """Make the sound alone, without a picture."""
     noise: Path | None = None
@@ -139,24 +160,58 @@ class Settings:
 
     @property
     def num_stages(self) -> int:
-        return 1 if self.pipeline in ("distilled", "dev") else 2
+        """1, or 2 where the clip's size is that of a second stage: twice the first's."""
+        if self.decodes_only:
+            return 1
+        return 2 if self.refine or self.preview or self.pipeline not in ("distilled", "dev") else 1
+
+    @property
+    def given_whole(self) -> bool:
+        """The latents of the whole clip are given: no first stage makes them."""
+        return self.latents is not None or (self.video is not None and self.retake is None and self.extend is None)
+
+    @property
+    def decodes_only(self) -> bool:
+        """Nothing is denoised: what is given is upscaled and decoded, without a prompt."""
+        return self.given_whole and not self.refine
+
+    @property
+    def upscalers(self) -> tuple[str, ...]:
+        """The latent upscalers that finished latents go through, by the names of a checkpoint."""
+        spatial = () if self.upscale is None else (f"upscaler_spatial_x{self.upscale:g}".replace(".", "_"),)
+        return (*spatial, "upscaler_temporal_x2") if self.upscale_time else spatial
 
     def grid(self, scale: tuple[int, int, int], clip: VideoGrid | None = None) -> VideoGrid:
-        """The size of the clip, `clip` being that of a given video. Raises ValueError for a shape that is none."""
+        """The size of the clip before upscaling, `clip` being that of a given video.
+
+        Raises ValueError for a shape that is none.
+        """
         height, width = self.height, self.width
         if self.aspect is not None:
             height, width = size_of_aspect(self.aspect, self.megapixels or 0.4, step=scale[1] * self.num_stages)
         if clip is not None:
             # As near to the given video as sizes go.
-            step, frames = scale[1] * self.num_stages, scale[0]
-            height = height or max(round(clip.height / step), 1) * step
-            width = width or max(round(clip.width / step), 1) * step
-            num_frames = self.num_frames or (clip.num_frames - 1) // frames * frames + 1
+            step, frames, factor = scale[1] * self.num_stages, scale[0], 2 if self.refine else 1
+            height = height or max(round(clip.height * factor / step), 1) * step
+            width = width or max(round(clip.width * factor / step), 1) * step
+            whole = NUM_FRAMES if self.extend is not None else (clip.num_frames - 1) // frames * frames + 1
+            num_frames = self.num_frames or whole
             fps = self.fps or clip.fps
         else:
             height, width, num_frames = height or HEIGHT, width or WIDTH, self.num_frames or NUM_FRAMES
             fps = self.fps or FPS
         return VideoGrid(num_frames=num_frames, height=height, width=width, fps=float(fps), scale=scale)
+
+    def finished(self, grid: VideoGrid) -> VideoGrid:
+        """The size at which a clip of a size is decoded: half of it for a preview, more behind the upscalers."""
+        (_, rows, columns), factor = grid.scale, self.upscale or (0.5 if self.preview else 1.0)
+        return replace(
+            grid,
+            height=math.ceil(grid.latent_height * factor) * rows,
+            width=math.ceil(grid.latent_width * factor) * columns,
+            num_frames=2 * grid.num_frames - 1 if self.upscale_time else grid.num_frames,
+            fps=2 * grid.fps if self.upscale_time else grid.fps,
+        )
 
     def check(self) -> None:
         """Raises ValueError for what no checkpoint could do; sizes are checked against the checkpoint's own grid."""
@@ -179,8 +234,7 @@ class Settings:
             raise ValueError("aspect chooses width and height; give one or the other")
         if self.megapixels is not None and self.aspect is None:
             raise ValueError("megapixels goes with aspect, such as --aspect 9:16 --megapixels 0.9")
-        if (self.retake is None) != (self.video is None):
-            raise ValueError("video and retake go together: --video clip.mp4 --retake START:END")
+        self._check_given()
         if self.retake is not None:
             self.window()
             if self.num_stages != 1:
@@ -192,11 +246,46 @@ class Settings:
         elif self.keep_audio or self.keep_video:
             raise ValueError("keep_audio and keep_video go with retake")
         if self.sound_only:
-            given = [name for name in ("image", "audio", "video", "reference") if getattr(self, name)]
+            names = ("image", "audio", "video", "latents", "reference", "upscale", "upscale_time", "extend")
+            given = [name for name in names if getattr(self, name)]
             if given:
                 raise ValueError(f"sound alone is made from a prompt alone; {', '.join(given)} cannot be used")
             if self.num_stages != 1:
                 raise ValueError(f"sound has no second stage; use distilled or dev, not {self.pipeline}")
+
+    def _check_given(self) -> None:
+        """Raises ValueError where what is done to a clip, to latents or to the result excludes each other."""
+        work = any((self.retake, self.extend is not None, self.refine, self.upscale, self.upscale_time))
+        if self.upscale not in (None, 1.5, 2.0):
+            raise ValueError(f"upscale must be 1.5 or 2, got {self.upscale:g}")
+        if self.retake is not None and self.video is None:
+            raise ValueError("retake works on a clip: give it too, with --video clip.mp4")
+        if self.video is not None and not work:
+            raise ValueError(
+                "video is a clip to work on: say what to do, with --retake START:END, --extend SECONDS, --refine, "
+                "--upscale 2 or --upscale-time"
+            )
+        if self.video is not None and self.latents is not None:
+            raise ValueError("video and latents are both the clip to work on; give one")
+        if self.refine and not self.given_whole:
+            raise ValueError("refine works on latents or on a clip: --latents FILE, or --video clip.mp4")
+        if self.preview and (self.given_whole or self.upscale is not None or self.upscale_time):
+            raise ValueError("preview is the first stage of a new clip; latents, refine, upscale go with a later run")
+        if self.decodes_only:
+            given = [name for name in ("image", "audio", "reference", "enhance") if getattr(self, name)]
+            if given:
+                raise ValueError(f"nothing is denoised here, so {', '.join(given)} would do nothing; add refine")
+        if self.extend is not None:
+            if self.extend == 0 or not np.isfinite(self.extend):
+                raise ValueError(f"extend must be seconds, below 0 for before the start; got {self.extend}")
+            if not (self.overlap >= 0 and np.isfinite(self.overlap)):
+                raise ValueError(f"overlap must be seconds, at least 0; got {self.overlap}")
+            names = ("retake", "latents", "refine", "preview", "upscale", "upscale_time", "reference", "noise")
+            given = [name for name in names if getattr(self, name)]
+            if given:
+                raise ValueError(f"extend excludes {', '.join(given)}; do one after the other")
+        elif self.overlap != 1.0:
+            raise ValueError("overlap goes with extend")
 
     def window(self) -> tuple[float, float]:
         """Start and end of `retake` in seconds. Raises ValueError for what is no window."""
@@ -250,13 +339,15 @@ class Settings:
             guidance=self.guidance(num_layers),
             sampler=sampler,
         )
-        if self.num_stages == 1:
+        if self.decodes_only:
+            return ()
+        if self.num_stages == 1 or self.preview:
             return (first,)
         sigmas = self.second_schedule()
         second = StageSettings(
             number=2, divisor=1, sigmas=sigmas, guidance=None, sampler=sampler, noise_scale=float(sigmas[0])
         )
-        return first, second
+        return (second,) if self.refine else (first, second)
 
     def schedule(self, *, num_tokens: int = 4096) -> np.ndarray:
         """The sigmas of the only or first stage. Raises ValueError for steps that the pipeline does not have."""
@@ -266,7 +357,10 @@ class Settings:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.guided:
             steps = HQ_STEPS if self.pipeline == "hq" else DEV_STEPS
+            steps = steps // PREVIEW_DIVISOR if self.preview else steps
             return ltx2_sigmas(self.steps or steps, num_tokens=num_tokens)
+        if self.preview:
+            return np.asarray(PREVIEW_SIGMAS, np.float32)
         fixed = len(DISTILLED_SIGMAS) - 1
         if self.steps not in (None, fixed):
             raise ValueError(

@@ -270,7 +270,7 @@ def test_shapes_become_the_nearest_legal_size(aspect, megapixels, size):
         ({"aspect": "wide"}, "as 16:9 or 9:16"),
         ({"aspect": "9:16", "width": 512}, "one or the other"),
         ({"megapixels": 1.0}, "goes with aspect"),
-        ({"retake": "1:2"}, "go together"),
+        ({"retake": "1:2"}, "give it too, with --video"),
         ({"video": Path("x.mp4"), "retake": "2:1"}, "START:END"),
         ({"video": Path("x.mp4"), "retake": "0:1", "pipeline": "two-stage"}, "two stages"),
         ({"video": Path("x.mp4"), "retake": "0:1", "keep_audio": True, "keep_video": True}, "nothing to retake"),
