@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,25 @@ from safetensors.numpy import load_file
 from scripts.parity_cases import fill
 
 DATA = Path(__file__).parent / "data"
+FOLDER = "LTX_JAX_TESTS"  # environment variable: where a run of tests keeps what it caches
 
 
 def pytest_configure() -> None:
+    # One folder for all workers of a run, which inherit its name, removed in the end.
+    folder = os.environ.setdefault(FOLDER, tempfile.mkdtemp(prefix="ltx-jax-tests-"))
     # Tests neither read nor leave anything in the user's cache; each worker has its own.
-    os.environ["LTX_JAX_CACHE"] = tempfile.mkdtemp(prefix="ltx-jax-tests-")
+    os.environ["LTX_JAX_CACHE"] = tempfile.mkdtemp(dir=folder)
+    # Programs that several files of tests need are compiled once.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # A CUDA plug-in that is there to compile for named cards would otherwise look for one to run on.
     jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
 
 
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import generate
-import ltx_jax.pipeline as pipeline_module
+import ltx_jax.engine as engine_module
 from ltx_jax import Settings, load_pipeline
 from ltx_jax.cards import CARDS, CardError, find_card
 from ltx_jax.checkpoint import Configs, Manifest, parameter_shapes, part_of, published_manifest
 from ltx_jax.memory import measure, nbytes
-from ltx_jax.plan import TILES, Plan, PlanError, make_plan, plan_table, usable_bytes
+from ltx_jax.plan import TILES, Plan, PlanError, make_plan, nearest_sizes, plan_table, usable_bytes
 from ltx_jax.planner import split_layers
 from ltx_jax.presets import GEMMA_3_12B, LTX_2_3, UPSCALERS
 from ltx_jax.residency import Way
@@ -133,25 +133,39 @@ def test_a_plan_prints_every_stage(roomy):
 
 
 def test_a_clip_that_does_not_fit_is_refused_with_sizes_that_do(mini_checkpoint, manifest, roomy, monkeypatch, capsys):
-    larger = {"width": 192, "height": 128, "num_frames": 33}
-    smallest = plan_of(manifest, limit=1)  # everything streamed, smallest tiles
-    asked = plan_of(manifest, limit=1, **larger)
-    assert not smallest.fits
-    assert smallest.peak_bytes < asked.peak_bytes
-    limit = (smallest.peak_bytes + asked.peak_bytes) // 2
-    monkeypatch.setattr("ltx_jax.plan.usable_bytes", lambda target: limit)
+    tight = plan_of(manifest, limit=1)  # everything streamed, smallest tiles
+    assert not tight.fits
+    monkeypatch.setattr("ltx_jax.plan.usable_bytes", lambda target: tight.peak_bytes - 1)
     pipe = load_pipeline(mini_checkpoint)
-    with pytest.raises(PlanError, match=r"192x128 with 33 frames does not fit.*What fits: ") as error:
-        pipe.plan(Settings(**larger))
-    assert "frames" in str(error.value).split("What fits")[1]
-    sides = [f"--{name.replace('_', '-')}={size}" for name, size in larger.items()]
+    smaller = Settings(width=64, height=64, num_frames=9)
+    monkeypatch.setattr("ltx_jax.plan.nearest_sizes", lambda *args, **kwargs: [smaller])
+    settings = Settings(**SMALL)
+    with pytest.raises(PlanError, match=r"96x64 with 17 frames does not fit.*What fits: 64x64 with 9 frames") as error:
+        pipe.plan(settings)
+    sides = [f"--{name.replace('_', '-')}={size}" for name, size in SMALL.items()]
     assert generate.main(["--checkpoint", str(mini_checkpoint), "--plan", *sides]) == 0
     told = capsys.readouterr().out
-    assert all(stage.name in told for stage in asked.stages)
+    assert all(stage.name in told for stage in tight.stages)
     assert str(error.value) in told
-    monkeypatch.setattr("ltx_jax.plan.usable_bytes", lambda target: 2**20)
+    monkeypatch.setattr("ltx_jax.plan.nearest_sizes", lambda *args, **kwargs: [])
     with pytest.raises(PlanError, match="No smaller size fits"):
-        pipe.plan(Settings(**larger))
+        pipe.plan(settings)
+
+
+@pytest.mark.parametrize("fixed", [0, 10**6])
+def test_the_nearest_sizes_are_the_largest_that_fit(roomy, fixed):
+    """With memory as it grows: in proportion to the volume, beside what is always there."""
+    asked = Settings(width=192, height=128, num_frames=65, aspect=None)
+
+    def make(settings: Settings) -> Plan:
+        volume = (settings.width or 0) * (settings.height or 0) * (settings.num_frames or 0)
+        stage = replace(roomy.stages[0], argument_bytes=fixed, added_bytes=volume, held_bytes=0, host_bytes=0)
+        size = {"width": settings.width, "height": settings.height, "num_frames": settings.num_frames}
+        return replace(roomy, stages=(stage,), limit_bytes=fixed + 192 * 128 * 40, **size)
+
+    narrower, shorter = nearest_sizes(make, asked, make(asked), step=32, frames=8)
+    assert (narrower.width, narrower.height, narrower.num_frames) == (128, 96, 65)
+    assert (shorter.width, shorter.height, shorter.num_frames) == (192, 128, 33)
 
 
 def test_a_card_leaves_room_for_its_driver():
@@ -206,7 +220,7 @@ def test_running_out_while_decoding_loses_no_frame(mini_checkpoint, monkeypatch)
     latents = np.random.default_rng(0).normal(size=(1, 13, 2, 3, 16)).astype(np.float32)
     expected = np.concatenate(list(pipe.decode_video(jnp.asarray(latents))))
 
-    decode = pipeline_module.decode_pixels
+    decode = engine_module.decode_pixels
     calls = []
 
     def fails_at_the_second_tile(*args):
@@ -215,7 +229,7 @@ def test_running_out_while_decoding_loses_no_frame(mini_checkpoint, monkeypatch)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return decode(*args)
 
-    monkeypatch.setattr(pipeline_module, "decode_pixels", fails_at_the_second_tile)
+    monkeypatch.setattr(engine_module, "decode_pixels", fails_at_the_second_tile)
     found = np.concatenate(list(pipe.decode_video(jnp.asarray(latents))))
     assert found.shape == expected.shape
     assert pipe.residency.way.tile == TILES[1]
