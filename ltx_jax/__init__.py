@@ -2,9 +2,10 @@
 
 from ltx_jax.checkpoint import CheckpointError, Manifest
 from ltx_jax.denoise import Denoiser, Pair, Prompt
+from ltx_jax.geometry import VideoGrid
 from ltx_jax.guidance import Guidance
 from ltx_jax.load import load_component
-from ltx_jax.pipeline import Clip, ImageCondition, Latents, Pipeline, load_pipeline, save_mp4
+from ltx_jax.pipeline import Clip, ImageCondition, Latents, Pipeline, load_pipeline, save_mp4, save_wav
 from ltx_jax.settings import Settings
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "Pipeline",
     "Prompt",
     "Settings",
+    "VideoGrid",
     "load_component",
     "load_pipeline",
     "save_mp4",
+    "save_wav",
 ]

@@ -7,6 +7,7 @@ Source: the pipelines `ti2vid_one_stage`, `ti2vid_two_stages` (and its HQ form),
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ltx_jax.conditions import Condition, Scene, States
 from ltx_jax.denoise import Pair, Prompt
 from ltx_jax.engine import Engine
 from ltx_jax.geometry import VideoGrid, audio_latent_length, unpatchify_audio, unpatchify_video
+from ltx_jax.guidance import Guider, guide
 from ltx_jax.latents import Latents, read_latents
 from ltx_jax.modes import Media
 from ltx_jax.noise import Noise
@@ -38,6 +40,9 @@ class Clip:
     latents: Latents | None  # none of a clip that was put together from several windows
 
 
+Sampler = Callable[..., Any]  # like those in `sampling`: predict, tokens and sigmas to tokens
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "res_2s": res_2s}
+
 # called after every model call: stage, step, sigma, noisy tokens, the model's denoised tokens
 Callback = Callable[[int, int, float, Pair, Pair], None]
 
@@ -53,13 +58,15 @@ def make_latents(
     noise: Mapping[str, Any] | None,
     callback: Callback | None = None,
     replay: Replay | None = None,
+    sampler: Sampler | None = None,
+    guider: Guider = guide,
     first: Latents | None = None,
     window: int = 0,
 ) -> Latents:
     """Denoises a clip of a size: every stage with all that is given, and then the upscalers that settings ask for.
 
-    `first` are latents in place of those of a first stage. `window` counts those of a clip that is extended. See
-    `Pipeline.generate_latents`.
+    `sampler` takes the place of each stage's own. `first` are latents in place of those of a first stage. `window`
+    counts those of a clip that is extended. See `Pipeline.generate_latents`.
     """
     stages = settings.stages(engine.configs.transformer.num_layers, grid)
     several = settings.num_stages > 1
@@ -83,7 +90,8 @@ def make_latents(
             noise_scale=stage.noise_scale,
             negative=negative,
             guidance=stage.guidance,
-            sampler=euler if stage.sampler == "euler" else partial(res_2s, noise=source.fresh),
+            guider=guider,
+            sampler=with_noise(sampler or SAMPLERS[stage.sampler], source.fresh),
             callback=callback and partial(callback, stage.number),
             memory=replay and replay.stage(f"window{window}-stage{stage.number}"),
             stage_number=stage.number,
@@ -98,6 +106,11 @@ def make_latents(
     for upscaler in settings.upscalers:
         latents = replace(latents, video=engine.upscale(latents.video, upscaler))
     return latents
+
+
+def with_noise(sampler: Sampler, fresh: Callable[[Any], Any]) -> Sampler:
+    """A sampler that adds noise has an argument `noise`, which makes it: standard normal, shaped like the tokens."""
+    return partial(sampler, noise=fresh) if "noise" in signature(sampler).parameters else sampler
 
 
 def given_latents(engine: Engine, settings: Settings, grid: VideoGrid, media: Media) -> Latents | None:

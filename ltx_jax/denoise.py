@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ltx_jax.conditioning import LatentState
-from ltx_jax.guidance import Guidance, guide, keep_masks
+from ltx_jax.guidance import Guidance, Guider, Scales, guide, keep_masks
 from ltx_jax.models.transformer import StreamInput, Transformer
 from ltx_jax.offload import Streamed
 from ltx_jax.stack import Entered, count_layers
@@ -53,20 +53,6 @@ class Prompt:
     audio: Float[Array, "1 keys audio_dim"]
 
 
-class Scales(NamedTuple):
-    """Guidance scales as traced numbers, so that another scale needs no other program."""
-
-    cfg: Float[Array, ""]
-    stg: Float[Array, ""]
-    modality: Float[Array, ""]
-    rescale: Float[Array, ""]
-
-    @classmethod
-    def of(cls, guidance: Guidance) -> "Scales":
-        values = guidance.cfg_scale, guidance.stg_scale, guidance.modality_scale, guidance.rescale
-        return cls(*(jnp.asarray(value, jnp.float32) for value in values))
-
-
 def _stream(state: LatentState, tokens: Tokens, contexts: Float[Array, "rows keys context_dim"], sigma) -> StreamInput:
     """One modality, repeated for every guidance pass."""
     rows = contexts.shape[0]
@@ -93,7 +79,7 @@ def _kept(states, tokens) -> Pair:
     return Pair(*(None if state is None else state.kept(x) for state, x in zip(states, tokens, strict=True)))
 
 
-def _guided(states, tokens, velocities, sigma, scales, passes: tuple[str, ...]) -> tuple[Pair, Pair]:
+def _guided(states, tokens, velocities, sigma, scales, passes: tuple[str, ...], guider: Guider) -> tuple[Pair, Pair]:
     """The guided estimate of each modality, and the same with what is given held: see `Denoiser`."""
     estimates, held = [], []
     for state, x, velocity, scale in zip(states, tokens, velocities, scales, strict=True):
@@ -105,30 +91,31 @@ def _guided(states, tokens, velocities, sigma, scales, passes: tuple[str, ...]) 
         timesteps = state.token_timesteps(sigma)[..., None]
         denoised = x.astype(jnp.float32) - timesteps * velocity.astype(jnp.float32)
         rows = dict(zip(("conditional", *passes), jnp.split(denoised, denoised.shape[0]), strict=True))
-        guided = guide(
-            rows["conditional"],
-            rows.get("unconditional"),
-            rows.get("perturbed"),
-            rows.get("isolated"),
-            cfg_scale=scale.cfg,
-            stg_scale=scale.stg,
-            modality_scale=scale.modality,
-            rescale=scale.rescale,
-        )
+        guided = guider(rows, scale)
         estimates.append(guided.astype(x.dtype))
         held.append(state.hold(estimates[-1]))
     return Pair(*estimates), Pair(*held)
 
 
-@partial(jax.jit, static_argnames=("passes", "precision"))
+@partial(jax.jit, static_argnames=("passes", "precision", "guider"))
 def estimate(
-    transformer, states, tokens, contexts, sigma, scales, keep, *, passes: tuple[str, ...], precision: str
+    transformer,
+    states,
+    tokens,
+    contexts,
+    sigma,
+    scales,
+    keep,
+    *,
+    passes: tuple[str, ...],
+    precision: str,
+    guider: Guider,
 ) -> tuple[Pair, Pair]:
     """One guided estimate in one program: what a denoising step is."""
     tokens = _kept(states, tokens)
     with jax.default_matmul_precision(precision):
         velocities = transformer(*_streams(states, tokens, contexts, sigma), keep=keep)
-    return _guided(states, tokens, velocities, sigma, scales, passes)
+    return _guided(states, tokens, velocities, sigma, scales, passes, guider)
 
 
 @partial(jax.jit, static_argnames="precision")
@@ -139,18 +126,39 @@ def enter(rest, states, tokens, contexts, sigma, keep, *, precision: str) -> Ent
         return rest.enter(*_streams(states, tokens, contexts, sigma), keep=keep)
 
 
-@partial(jax.jit, static_argnames=("passes", "precision"))
+@partial(jax.jit, static_argnames=("passes", "precision", "guider"))
 def leave(
-    rest, streams, outs, outputs, states, tokens, sigma, scales, *, passes: tuple[str, ...], precision: str
+    rest,
+    streams,
+    outs,
+    outputs,
+    states,
+    tokens,
+    sigma,
+    scales,
+    *,
+    passes: tuple[str, ...],
+    precision: str,
+    guider: Guider,
 ) -> tuple[Pair, Pair]:
     """The part of `estimate` behind the blocks."""
     with jax.default_matmul_precision(precision):
         velocities = rest.leave(streams, outs, outputs)
-    return _guided(states, _kept(states, tokens), velocities, sigma, scales, passes)
+    return _guided(states, _kept(states, tokens), velocities, sigma, scales, passes, guider)
 
 
 def streamed_estimate(
-    transformer: Streamed, states, tokens, contexts, sigma, scales, keep, *, passes: tuple[str, ...], precision: str
+    transformer: Streamed,
+    states,
+    tokens,
+    contexts,
+    sigma,
+    scales,
+    keep,
+    *,
+    passes: tuple[str, ...],
+    precision: str,
+    guider: Guider,
 ) -> tuple[Pair, Pair]:
     """`estimate`, bit for bit, with one block's weights on the device at a time."""
     rest = transformer.rest
@@ -161,7 +169,8 @@ def streamed_estimate(
         streams, outs = transformer.layers["blocks"].run(
             Transformer.step, entered.carry, entered.shared, entered.per_layer
         )
-    return leave(rest, streams, outs, entered.rest, states, tokens, sigma, scales, passes=passes, precision=precision)
+    inputs = rest, streams, outs, entered.rest, states, tokens, sigma, scales
+    return leave(*inputs, passes=passes, precision=precision, guider=guider)
 
 
 class Denoiser:
@@ -179,6 +188,7 @@ class Denoiser:
         *,
         negative: Prompt | None = None,
         guidance: tuple[Guidance, Guidance] | None = None,
+        guider: Guider = guide,
         precision: str = "default",
         callback: Callable[[int, float, Pair, Pair], None] | None = None,
         memory: Memory | None = None,
@@ -199,6 +209,7 @@ class Denoiser:
         self.transformer = transformer
         self.states = states
         self.guidance = video, audio
+        self.guider = guider
         self.precision = precision
         self.callback = callback
         self.memory = memory
@@ -237,7 +248,7 @@ class Denoiser:
     @property
     def options(self) -> dict[str, Any]:
         """What `estimate` is compiled for."""
-        return {"passes": self.passes, "precision": self.precision}
+        return {"passes": self.passes, "precision": self.precision, "guider": self.guider}
 
     def __call__(self, step: int, sigma: float, tokens: Pair) -> Pair:
         recalled = None if self.memory is None else self.memory.recall(self.calls)

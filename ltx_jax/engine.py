@@ -21,7 +21,7 @@ from ltx_jax.conditions import Frames, ImageCondition, Waveform
 from ltx_jax.denoise import Denoiser, Memory, Pair, Prompt
 from ltx_jax.enhance import MAX_NEW_TOKENS, enhance_prompt
 from ltx_jax.geometry import AudioLatents, VideoGrid, VideoLatents
-from ltx_jax.guidance import Guidance
+from ltx_jax.guidance import Guidance, Guider, guide
 from ltx_jax.latents import Latents
 from ltx_jax.load import load_configs
 from ltx_jax.lora import Lora
@@ -235,6 +235,7 @@ class Engine:
         noise_scale: float = 1.0,
         negative: Prompt | None = None,
         guidance: tuple[Guidance, Guidance] | None = None,
+        guider: Guider = guide,
         sampler: Callable[..., Pair] = euler,
         callback: Callable[[int, float, Pair, Pair], None] | None = None,
         memory: Memory | None = None,
@@ -243,19 +244,19 @@ class Engine:
     ) -> Pair:
         """Denoises tokens from noise down the sigmas; returns all tokens, appended conditioning included.
 
-        `sampler` is one of `sampling`, or any function like them. `stage_number` chooses the strengths of LoRAs that
-        have one for each stage; `stage` is what progress calls it. What `memory` recalls of an earlier run is not
-        computed again.
+        `sampler` is one of `sampling`, or any function like them, `guider` one like `guidance.guide`. `stage_number`
+        chooses the strengths of LoRAs that have one for each stage; `stage` is what progress calls it. What `memory`
+        recalls of an earlier run is not computed again.
         """
         self.residency.stage_number = stage_number
         return self._retrying(
             lambda: self._denoise(
-                states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, memory, stage
+                states, noise, prompt, sigmas, noise_scale, negative, guidance, guider, sampler, callback, memory, stage
             )
         )
 
     def _denoise(
-        self, states, noise, prompt, sigmas, noise_scale, negative, guidance, sampler, callback, memory, stage
+        self, states, noise, prompt, sigmas, noise_scale, negative, guidance, guider, sampler, callback, memory, stage
     ) -> Pair:
         tokens = Pair(
             *(
@@ -279,6 +280,7 @@ class Engine:
                 prompt,
                 negative=negative,
                 guidance=guidance,
+                guider=guider,
                 precision=self.precision,
                 callback=after_call,
                 memory=memory,

@@ -12,11 +12,12 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from ltx_jax.clip import Callback, Clip, make_latents
+from ltx_jax.clip import Callback, Clip, Sampler, make_latents
 from ltx_jax.conditions import Condition, Frames, continuation, sound
 from ltx_jax.denoise import Prompt
 from ltx_jax.engine import Engine
 from ltx_jax.geometry import VideoGrid
+from ltx_jax.guidance import Guider, guide
 from ltx_jax.modes import Media, given_size, kept_sound
 from ltx_jax.pictures import fit_frames
 from ltx_jax.replay import Replay
@@ -38,6 +39,8 @@ def extended(
     conditions: Sequence[Condition] = (),
     callback: Callback | None = None,
     replay: Replay | None = None,
+    sampler: Sampler | None = None,
+    guider: Guider = guide,
 ) -> Clip:
     """What is there (`clip`, the video of the settings, or a clip made first), and what comes behind or before it.
 
@@ -59,6 +62,8 @@ def extended(
             noise=None,
             callback=callback,
             replay=replay,
+            sampler=sampler,
+            guider=guider,
             window=number,
         )
         return engine.frames(latents), engine.decode_audio(latents.audio)

@@ -4,7 +4,9 @@ Source: `guiders.py` in Lightricks/LTX-2, ltx_core/components; CFG https://arxiv
 https://arxiv.org/abs/2411.18664, rescaling https://arxiv.org/abs/2305.08891.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jaxtyping import Array, Float
 from ltx_jax.models.transformer import Keep
 
 Tokens = Float[Array, "batch tokens channels"]
+Scale = Float[Array, ""] | float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,32 +43,42 @@ class Guidance:
         return tuple(name for name, needed in wanted.items() if needed)
 
 
-def guide(
-    conditional: Tokens,
-    unconditional: Tokens | None,
-    perturbed: Tokens | None,
-    isolated: Tokens | None,
-    *,
-    cfg_scale: Float[Array, ""] | float,
-    stg_scale: Float[Array, ""] | float,
-    modality_scale: Float[Array, ""] | float,
-    rescale: Float[Array, ""] | float,
-) -> Float[Array, "batch tokens channels"]:
-    """Combines denoised estimates, float32: with the negative context, STG-perturbed, without the other modality.
+class Scales(NamedTuple):
+    """The scales of a `Guidance` as traced numbers, so that another scale needs no other program."""
+
+    cfg: Scale
+    stg: Scale
+    modality: Scale
+    rescale: Scale
+
+    @classmethod
+    def of(cls, guidance: Guidance) -> "Scales":
+        values = guidance.cfg_scale, guidance.stg_scale, guidance.modality_scale, guidance.rescale
+        return cls(*(jnp.asarray(value, jnp.float32) for value in values))
+
+
+# The denoised estimates of one modality, by the name of the pass, and the scales: to the guided estimate, in float32.
+# "conditional" is always there; "unconditional" (the negative context), "perturbed" (STG) and "isolated" (without the
+# other modality) where their scales are on.
+Guider = Callable[[Mapping[str, Tokens], Scales], Tokens]
+
+
+def guide(estimates: Mapping[str, Tokens], scales: Scales) -> Float[Array, "batch tokens channels"]:
+    """LTX-2.3's guider: away from each of the other estimates, in float32.
 
     `rescale` pulls the deviation of the whole tensor (appended tokens too) back towards that of the conditional.
     """
-    c = conditional.astype(jnp.float32)
+    c = estimates["conditional"].astype(jnp.float32)
     guided = c
-    if unconditional is not None:
-        guided += (cfg_scale - 1) * (c - unconditional.astype(jnp.float32))
-    if perturbed is not None:
-        guided += stg_scale * (c - perturbed.astype(jnp.float32))
-    if isolated is not None:
-        guided += (modality_scale - 1) * (c - isolated.astype(jnp.float32))
+    if "unconditional" in estimates:
+        guided += (scales.cfg - 1) * (c - estimates["unconditional"].astype(jnp.float32))
+    if "perturbed" in estimates:
+        guided += scales.stg * (c - estimates["perturbed"].astype(jnp.float32))
+    if "isolated" in estimates:
+        guided += (scales.modality - 1) * (c - estimates["isolated"].astype(jnp.float32))
     # The deviations are computed anyway, so that a traced scale needs no second program.
     factor = jnp.std(c, ddof=1) / jnp.maximum(jnp.std(guided, ddof=1), jnp.finfo(jnp.float32).tiny)
-    return guided * (rescale * factor + (1 - rescale))
+    return guided * (scales.rescale * factor + (1 - scales.rescale))
 
 
 def keep_masks(passes: tuple[str, ...], video: Guidance, audio: Guidance, num_layers: int) -> Keep | None:

@@ -18,12 +18,13 @@ import numpy as np
 
 from ltx_jax.cards import Card
 from ltx_jax.checkpoint import CheckpointError
-from ltx_jax.clip import Callback, Clip, given_latents, make_latents
+from ltx_jax.clip import Callback, Clip, Sampler, given_latents, make_latents
 from ltx_jax.conditions import Condition, Image, ImageCondition, Waveform
 from ltx_jax.denoise import Prompt
 from ltx_jax.engine import Engine
 from ltx_jax.extend import extended
 from ltx_jax.geometry import VideoGrid
+from ltx_jax.guidance import Guider, guide
 from ltx_jax.latents import Latents
 from ltx_jax.lora import Lora
 from ltx_jax.media import MediaError, check_writable, write_mp4, write_wav
@@ -85,6 +86,8 @@ class Pipeline(Engine):
         noise: str | Path | Mapping[str, Any] | None = None,
         conditions: Sequence[Condition] = (),
         callback: Callback | None = None,
+        sampler: Sampler | None = None,
+        guider: Guider = guide,
         **settings: Any,
     ) -> Clip:
         """A clip from a prompt: `generate_latents`, then both decoders.
@@ -93,7 +96,7 @@ class Pipeline(Engine):
         be contexts made before, `image` one or several of RGB levels, `ImageCondition`s and paths, and `noise` a
         mapping of arrays.
         """
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"sampler": sampler, "guider": guider}
         for name, value in (("prompt", prompt), ("noise", noise)):
             if isinstance(value, str | Path):
                 settings[name] = value if name == "prompt" else Path(value)
@@ -148,13 +151,15 @@ class Pipeline(Engine):
         noise: Mapping[str, Any] | None = None,
         callback: Callback | None = None,
         replay: Replay | None = None,
+        sampler: Sampler | None = None,
+        guider: Guider = guide,
     ) -> Latents:
         """The latents of a clip. What is given beside `settings` takes the place of what they name.
 
         `conditions` come on top of those of the settings. `callback(stage, step, sigma, tokens, denoised)` is called
-        after every model call; `replay` keeps what the model says, for a run that is cut off. Raises ValueError for
-        sizes, steps, frames, files or noise that do not fit, naming what would; CheckpointError where a model is not
-        there.
+        after every model call; `replay` keeps what the model says, for a run that is cut off; `sampler` and `guider`
+        take the place of the pipeline's own, see docs/extending.md. Raises ValueError for sizes, steps, frames, files
+        or noise that do not fit, naming what would; CheckpointError where a model is not there.
         """
         grid = self.check(settings)
         if image is not None and len(image):
@@ -175,6 +180,8 @@ class Pipeline(Engine):
             noise=noise,
             callback=callback,
             replay=replay,
+            sampler=sampler,
+            guider=guider,
             first=first,
         )
 
@@ -189,6 +196,8 @@ class Pipeline(Engine):
         conditions: Sequence[Condition] = (),
         callback: Callback | None = None,
         replay: Replay | None = None,
+        sampler: Sampler | None = None,
+        guider: Guider = guide,
     ) -> Clip:
         """A clip that goes on, by `settings.extend` seconds: the video of the settings, `clip`, or one made first.
 
@@ -212,6 +221,8 @@ class Pipeline(Engine):
             conditions=conditions,
             callback=callback,
             replay=replay,
+            sampler=sampler,
+            guider=guider,
         )
 
     def contexts(

@@ -1,7 +1,7 @@
 """Cases of plain functions (positions, rotary tables, schedules, steps, guidance) and of whole denoising runs."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 from einops import rearrange
 
 from ltx_jax import sampling
-from ltx_jax.conditioning import LatentState, append_keyframe, audio_state, frozen, replace_frame, video_state
+from ltx_jax.conditioning import LatentState, audio_state, video_state
+from ltx_jax.conditions import Condition, ImageCondition, Scene, States, sound
 from ltx_jax.denoise import Denoiser, Pair, Prompt
 from ltx_jax.geometry import (
     VideoGrid,
@@ -23,13 +24,15 @@ from ltx_jax.geometry import (
     unpatchify_video,
     video_positions,
 )
-from ltx_jax.guidance import Guidance, guide
+from ltx_jax.guidance import Guidance, Scales, guide
 from ltx_jax.models.rope import Rotary, apply_rotary, frequency_grid, position_fractions, rotary_tables
 from ltx_jax.models.upscaler import upscale
 from ltx_jax.pipeline import Latents
 from scripts.parity_autoencoders import channels_first, channels_last
 from scripts.parity_cases import AUTOENCODER, EXACT, FORWARD, RUN, Reference, Report, call, relative
 from scripts.parity_models import Models
+
+BLANK = np.zeros((1, 1, 3), np.uint8)  # in place of an image whose latents are known
 
 # ------------------------------------------------------------------------ rope
 
@@ -189,13 +192,15 @@ def _guided(reference: Reference, name: str) -> Any | None:
     settings = reference.info.get("guide", {}).get(name)
     if settings is None:
         return None
-    inputs = [jnp.asarray(reference[f"step.{key}"]) for key in ("x0", "uncond", "perturbed", "isolated")]
+    parts = {"conditional": "x0", "unconditional": "uncond", "perturbed": "perturbed", "isolated": "isolated"}
     return guide(
-        *inputs,
-        cfg_scale=settings.get("cfg_scale", 1.0),
-        stg_scale=settings.get("stg_scale", 0.0),
-        modality_scale=settings.get("modality_scale", 1.0),
-        rescale=settings.get("rescale_scale", 0.0),
+        {name: jnp.asarray(reference[f"step.{part}"]) for name, part in parts.items()},
+        Scales(
+            cfg=settings.get("cfg_scale", 1.0),
+            stg=settings.get("stg_scale", 0.0),
+            modality=settings.get("modality_scale", 1.0),
+            rescale=settings.get("rescale_scale", 0.0),
+        ),
     )
 
 
@@ -272,6 +277,20 @@ class Runs:
             video_state(grid, channels=channels, dtype=jnp.float32, latents=video),
             audio_state(length, audio_config, dtype=jnp.float32, latents=audio),
         ]
+
+    def given(
+        self, conditions: Sequence[Condition], *, frames: Sequence[Any] = (), audio: Any = None
+    ) -> list[LatentState]:
+        """Both modalities with conditions placed on them, which get their latents from here in place of pixels."""
+        encoded = iter(frames)
+        scene = Scene(grid=self.grid, encode_frames=lambda *_: next(encoded), encode_audio=lambda *_: audio)
+        states: States = tuple(self.states())  # type: ignore[assignment]
+        for condition in conditions:
+            states = condition(scene)(states)
+        video, sounding = states
+        assert video is not None
+        assert sounding is not None
+        return [video, sounding]
 
     def denoise(
         self,
@@ -353,10 +372,11 @@ class Runs:
         theirs = reference.under(f"{name}.mid.")
         ours = {f"image{i}_latent": channels_first(image) for i, image in enumerate(images)}
         self.report.add(f"e2e/{name} images", ours, theirs, AUTOENCODER)
-        video, audio = self.states()
-        video = replace_frame(video, images[0], grid=self.grid, strength=info["image0_strength"])
-        frame, strength = info["keyframe_index"], info["image1_strength"]
-        video = append_keyframe(video, images[1], grid=self.grid, frame=frame, strength=strength)
+        conditions = [
+            ImageCondition(image=BLANK, frame=frame, strength=strength)
+            for frame, strength in ((0, info["image0_strength"]), (info["keyframe_index"], info["image1_strength"]))
+        ]
+        video, audio = self.given(conditions, frames=images)
         num_appended = video.initial.shape[1] - video.num_generated
         extra = jnp.asarray(reference["in.extra_noise"])[:, :num_appended]
         noise = [jnp.concatenate([self.noise[0], extra], axis=1), self.noise[1]]
@@ -364,9 +384,9 @@ class Runs:
 
     def run_a2v(self, name: str) -> None:
         """Given audio, kept; the video follows it."""
-        audio = channels_last(self.reference[f"{name}.in.audio_latent"])
-        states = self.states(audio=audio)
-        self.denoise(name, [states[0], frozen(states[1])], guidance=(self.guidance()[0], Guidance()))
+        latents = channels_last(self.reference[f"{name}.in.audio_latent"])
+        states = self.given([sound(np.zeros((1, 2), np.float32), 1)], audio=latents)
+        self.denoise(name, states, guidance=(self.guidance()[0], Guidance()))
 
     def run_stage2(self, name: str) -> None:
         """The guided latents, upscaled and refined."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ltx_jax.guidance import Guidance, guide, keep_masks
+from ltx_jax.guidance import Guidance, Scales, guide, keep_masks
 from tests.conftest import DATA
 
 CASES = json.loads((DATA / "ltx/index.json").read_text())["sampling"]["info"]["guide"]
@@ -16,12 +16,15 @@ CASES = json.loads((DATA / "ltx/index.json").read_text())["sampling"]["info"]["g
 def test_guided_estimate_agrees_with_the_reference(reference, name):
     data = reference("sampling")
     settings = CASES[name]
+    parts = {"conditional": "x0", "unconditional": "uncond", "perturbed": "perturbed", "isolated": "isolated"}
     ours = guide(
-        *(jnp.asarray(data[f"step.{part}"]) for part in ("x0", "uncond", "perturbed", "isolated")),
-        cfg_scale=settings.get("cfg_scale", 1.0),
-        stg_scale=settings.get("stg_scale", 0.0),
-        modality_scale=settings.get("modality_scale", 1.0),
-        rescale=settings.get("rescale_scale", 0.0),
+        {name: jnp.asarray(data[f"step.{part}"]) for name, part in parts.items()},
+        Scales(
+            cfg=settings.get("cfg_scale", 1.0),
+            stg=settings.get("stg_scale", 0.0),
+            modality=settings.get("modality_scale", 1.0),
+            rescale=settings.get("rescale_scale", 0.0),
+        ),
     )
     np.testing.assert_allclose(ours, data[f"guide.{name}"], atol=2e-6, rtol=0)  # values up to 20, a few operations
 
