@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,7 @@ class Configs:
 
     def abstract(self, component: str) -> nnx.Module:
         """The model of a component with shapes in place of arrays, its layers in a plain list."""
-        make = MODELS.get(component, LatentUpscaler)
-        config = self.of(component)
-        return abstract(lambda rngs: make(config, rngs=rngs))
+        return _abstract(MODELS.get(component, LatentUpscaler), self.of(component))
 
     def one_layer(self, component: str) -> tuple[nnx.Module, dict[str, int]]:
         """As `abstract`, but of each list of layers only the first, and how many layers each list has.
@@ -188,7 +187,7 @@ class Configs:
         deep = {"video": config.video, "audio": config.audio} if component == "connectors" else {"": config}
         flat = {part: replace(layered, num_layers=1) for part, layered in deep.items()}
         shallow = replace(config, **flat) if component == "connectors" else flat[""]
-        model = abstract(lambda rngs: MODELS[component](shallow, rngs=rngs))
+        model = _abstract(MODELS[component], shallow)
         depths = {}
         owners: dict[str, Any] = {path: owner for path, (owner, _) in layer_lists(model).items()}
         for path, owner in owners.items():
@@ -206,6 +205,17 @@ class Configs:
     def components(self) -> tuple[str, ...]:
         text = ("connectors",) if self.gemma is None else ("connectors", "gemma")
         return ("transformer", *text, "video_vae", "audio_vae", "vocoder", *self.upscalers)
+
+
+def _abstract(make: Any, config: Any) -> nnx.Module:
+    """A model with shapes in place of arrays, the caller's own."""
+    return nnx.merge(*_traced(make, config), copy=True)
+
+
+@cache
+def _traced(make: Any, config: Any) -> Any:
+    """An abstract model, split: tracing one takes seconds, and a plan and a load both need it."""
+    return nnx.split(abstract(lambda rngs: make(config, rngs=rngs)))
 
 
 def published_manifest(*, gemma_bits: int | None = 5, metadata: dict[str, Any] = LTX_2_3) -> Manifest:

@@ -147,16 +147,6 @@ def test_modes_go_together_on_the_command_line(mini_checkpoint, made, tmp_path, 
     assert digest(tmp_path / "again.mp4") == digest(tmp_path / "clip.mp4")
 
 
-def test_sound_alone_and_retakes_are_written(mini_checkpoint, made, tmp_path):
-    common = ["--checkpoint", mini_checkpoint, "--prompt", "rain", "--sigmas", "1.0", "0.5", "0"]
-    assert run(*common, *SIZE, "--output", tmp_path / "rain.wav") == 0
-    assert describe(tmp_path / "rain.wav")["sample_rate_hz"] == 48_000
-    video = ["--video", made / "clip.mp4", "--retake", "0.2:0.5", "--keep-audio"]
-    assert run(*common, *video, "--output", tmp_path / "retake.mp4") == 0
-    facts = describe(tmp_path / "retake.mp4")
-    assert (facts["width"], facts["height"], facts["num_frames"]) == (96, 64, 17)
-
-
 def test_a_run_that_was_stopped_goes_on(mini_checkpoint, tmp_path, monkeypatch, capsys):
     words = ["--checkpoint", mini_checkpoint, "--prompt", "a cat", *SIZE, "--sigmas", "1.0", "0.6", "0.3", "0"]
     assert run(*words, "--output", tmp_path / "whole.mp4") == 0

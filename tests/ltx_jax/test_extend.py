@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ltx_jax import Settings, load_pipeline
 from ltx_jax.conditions import ImageCondition
@@ -195,18 +194,3 @@ def test_sounds_pass_into_each_other():
 def test_extensions_that_cannot_be_are_refused(pipe, clip, settings, message):
     with pytest.raises(ValueError, match=message):
         pipe.check(Settings(**{"video": clip, "num_frames": 17} | settings))
-
-
-def test_extended_on_the_command_line(mini_checkpoint, clip, tmp_path, monkeypatch):
-    import generate
-    from ltx_jax.media import describe
-
-    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
-    words = ["--checkpoint", mini_checkpoint, "--prompt", "a cat", "--video", clip, "--extend", 8 / FPS]
-    words += ["--overlap", 8 / FPS, "--num-frames", 17, "--sigmas", *LEVELS, "--image", f"{tmp_path / 'red.png'}@-1"]
-    words += ["--watch", tmp_path / "now.png", "--output", tmp_path / "longer.mp4"]
-    assert generate.main([str(word) for word in words]) == 0
-    facts = describe(tmp_path / "longer.mp4")
-    assert facts["num_frames"] == 21
-    assert abs(facts["num_samples"] / RATE - 21 / FPS) < 0.06  # AAC packets, and the latent grid of sound
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["longer.json", "longer.mp4", "now.png", "red.png"]

@@ -7,16 +7,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import generate
 from convert import convert
 from ltx_jax import Settings, load_pipeline
 from ltx_jax.clip import Latents
 from ltx_jax.latents import latents_size, read_latents, save_latents
-from ltx_jax.media import describe, write_mp4
+from ltx_jax.media import write_mp4
 from ltx_jax.settings import PREVIEW_SIGMAS
 from ltx_jax.sound import read_audio
 from ltx_jax.video import read_video
@@ -197,23 +195,6 @@ def test_a_clip_is_refined_under_its_own_sound(pipe, prompt, clip):
     np.testing.assert_array_equal(made.waveform, read_audio(clip)[0][: len(made.waveform)])
     assert [stage for stage, _ in seen] == [2, 2]
     np.testing.assert_array_equal(seen[0][1].audio, seen[1][1].audio)  # heard, not changed
-
-
-def test_previews_and_refinements_on_the_command_line(mini_checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["--checkpoint", str(mini_checkpoint), "--prompt", "a cat", "--width", "128", "--height", "128"]
-    assert generate.main([*words, "--num-frames", "9", "--preview", "--output", "small.mp4"]) == 0
-    assert "--from small.json --refine" in capsys.readouterr().err
-    assert (describe(Path("small.mp4"))["width"], describe(Path("small.mp4"))["num_frames"]) == (64, 9)
-    with Image.open("small.png") as watched:
-        assert watched.n_frames == 2  # one a latent frame
-    assert generate.main(["--from", "small.json", "--refine", "--output", "large.mp4"]) == 0
-    assert describe(Path("large.mp4"))["width"] == 128
-    assert generate.main(["--from", "large.json", "--output", "again.mp4"]) == 0
-    assert Path("again.mp4").read_bytes() == Path("large.mp4").read_bytes()
-    assert generate.main([*words[:2], "--latents", "small.safetensors", "--upscale", "2", "--output", "up.mp4"]) == 0
-    assert describe(Path("up.mp4"))["width"] == 128
-    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
