@@ -194,8 +194,12 @@ def check_files(arguments: Arguments, tasks: list[Task]) -> None:
         for path, _ in images_of(settings):
             read_image(path)
         for path in (settings.audio, settings.video, settings.reference, settings.latents):
-            if path is not None and not path.is_file():
+            if path is None:
+                continue
+            if not path.is_file():
                 raise UsageError(f"there is no file at {path}")
+            if path.resolve() == output.resolve():
+                raise UsageError(f"the output {output} is what the clip is made from; give it another name")
         if settings.audio is not None:
             read_audio(settings.audio, seconds=1.0)
         if settings.noise is not None:
@@ -293,7 +297,8 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
         raise
     for run in todo:
         if run.made is not None:
-            pipe.adopt(run.plan)
+            if several:
+                pipe.adopt(run.plan)
             write(pipe, run)
     if several and not runs[0].task.settings.sound_only:
         sheet = arguments.output.with_suffix(".png")
@@ -302,10 +307,12 @@ def run(arguments: Arguments, earlier: dict[str, Any] | None) -> None:
         progress.console.print(f"wrote {sheet}: {SHEET_COLUMNS} frames of each clip")
     seconds = time.monotonic() - started
     outputs = [str(run.task.output) for run in todo]
-    progress.console.print(
-        f"wrote {', '.join(outputs)} and beside {'it' if len(outputs) == 1 else 'each'} its .json in {seconds:.0f} s, "
-        f"peak host memory {peak_rss_bytes() / 1e9:.1f} GB"
-    )
+    if outputs:
+        beside = "it" if len(outputs) == 1 else "each"
+        progress.console.print(
+            f"wrote {', '.join(outputs)} and beside {beside} its .json in {seconds:.0f} s, "
+            f"peak host memory {peak_rss_bytes() / 1e9:.1f} GB"
+        )
     if tasks[0].settings.preview and len(tasks) == 1:
         record = tasks[0].output.with_suffix(".json")
         progress.console.print(f"at full size: python generate.py --from {record} --refine --output FILE.mp4")
@@ -323,7 +330,8 @@ def make(pipe: Pipeline, arguments: Arguments, runs: list[Run]) -> None:
             f"{settings.seed}, {pipe.dtype.name} on {run.facts['device']}"
         )
         progress.say(run.plan.line())
-        pipe.adopt(run.plan)
+        if len(runs) > 1:
+            pipe.adopt(run.plan)
         if arguments.resume and run.replay is not None:
             progress.say(f"goes on: {run.replay.num_calls} model calls are there")
         watch = arguments.watch or (run.task.output.with_suffix(".png") if settings.preview else None)

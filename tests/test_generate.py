@@ -177,6 +177,7 @@ def test_a_run_that_was_stopped_goes_on(mini_checkpoint, tmp_path, monkeypatch, 
         (["--image", "x.png@99"], "no image at"),
         (["--audio", "missing.wav"], "no file at"),
         (["--video", "missing.mp4", "--retake", "0:1"], "no file at"),
+        (["--video", "clip.mp4", "--upscale", "2"], "no file at"),
         (["--retake", "0:1"], "give it too, with --video"),
         (["--resume"], "no unfinished run"),
         (["--watch", "now.mp4"], "png"),
@@ -190,3 +191,11 @@ def test_modes_that_cannot_be_say_what_to_do(mini_checkpoint, tmp_path, monkeypa
     assert run("--checkpoint", mini_checkpoint, "--output", "clip.mp4", *SIZE, *arguments) == 2
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_clip_is_made_from_is_not_written_over(mini_checkpoint, made, capsys):
+    before = digest(made / "clip.mp4")
+    words = ["--checkpoint", mini_checkpoint, "--video", made / "clip.mp4", "--upscale", 2]
+    assert run(*words, "--output", made / "clip.mp4") == 2
+    assert "give it another name" in capsys.readouterr().err
+    assert digest(made / "clip.mp4") == before

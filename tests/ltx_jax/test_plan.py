@@ -13,6 +13,7 @@ import ltx_jax.engine as engine_module
 from ltx_jax import Settings, load_pipeline
 from ltx_jax.cards import CARDS, CardError, find_card
 from ltx_jax.checkpoint import Configs, Manifest, parameter_shapes, part_of, published_manifest
+from ltx_jax.media import write_mp4
 from ltx_jax.memory import measure, nbytes
 from ltx_jax.plan import TILES, Plan, PlanError, make_plan, nearest_sizes, plan_table, usable_bytes
 from ltx_jax.planner import split_layers
@@ -312,3 +313,11 @@ def test_nothing_is_compiled_again_for_another_prompt_seed_scale_schedule_or_ima
     finally:
         jax.monitoring.clear_event_listeners()
     assert compiled == []
+
+
+def test_a_clip_that_is_upscaled_needs_no_text_and_no_transformer(manifest, tmp_path):
+    write_mp4(tmp_path / "clip.mp4", np.zeros((9, 64, 64, 3), np.uint8), fps=24.0)
+    size = {"width": None, "height": None, "num_frames": None}
+    tool = plan_of(manifest, video=tmp_path / "clip.mp4", upscale=2.0, **size)
+    names = [stage.name for stage in tool.stages]
+    assert names == ["encode video", "upscaler spatial x2", "decode audio", "decode video"]
