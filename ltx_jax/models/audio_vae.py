@@ -81,13 +81,16 @@ class Encoder(nnx.Module):
         self.conv_out = causal_conv(widths[-1], 2 * config.latent_channels, rngs=rngs)
 
     def __call__(self, mel: Features) -> Float[Array, "batch time latent_bins latent_channels"]:
+        return self.moments(mel)[..., : self.latent_channels]
+
+    def moments(self, mel: Features) -> Float[Array, "batch time latent_bins moments"]:
+        """The means of the latents, and behind them the logarithms of their variances, which only training reads."""
         x = self.conv_in(mel)
         for level in self.levels:
             x = level(x)
             if level.resample is not None:
                 x = level.resample(x)
-        x = self.conv_out(jax.nn.silu(pixel_norm(self.mid(x))))
-        return x[..., : self.latent_channels]  # the other half, log-variances, serves training
+        return self.conv_out(jax.nn.silu(pixel_norm(self.mid(x))))
 
 
 class Decoder(nnx.Module):

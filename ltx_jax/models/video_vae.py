@@ -128,7 +128,7 @@ class VideoEncoder(nnx.Module):
                 blocks.append(Downsample(channels, channels * block.multiplier, block.stride, rngs=rngs))
                 channels *= block.multiplier
         self.blocks = nnx.List(blocks)
-        # The means, and one logarithm of the variance for all channels, which nothing reads after training.
+        # The means, and one logarithm of the variance for all channels.
         self.conv_out = Conv3d(channels, config.latent_channels + 1, padding="causal", rngs=rngs)
 
     def __call__(
@@ -138,6 +138,10 @@ class VideoEncoder(nnx.Module):
 
         Raises ValueError where height or width does not hold whole latents.
         """
+        return self.moments(pixels)[..., : self.config.latent_channels]
+
+    def moments(self, pixels: Pixels) -> Float[Array, "batch latent_frames latent_height latent_width moments"]:
+        """The means of the latents, and behind them the logarithm of their variance, which only training reads."""
         time, row, column = self.config.scale
         _, num_frames, height, width, _ = pixels.shape
         if height % row or width % column or not (num_frames and height and width):
@@ -149,7 +153,7 @@ class VideoEncoder(nnx.Module):
         x = self.conv_in(patchify_pixels(x, self.config.patch_size))
         for block in self.blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(pixel_norm(x)))[..., : self.config.latent_channels]
+        return self.conv_out(jax.nn.silu(pixel_norm(x)))
 
 
 class VideoDecoder(nnx.Module):
