@@ -6,8 +6,9 @@
 A batch is a function of the number of its step, and random keys are folded from it: a run that was killed and resumed
 computes to the bit what it would have computed without.
 
-Source: the optimiser is optax's; the average of the weights follows Karras et al., https://arxiv.org/abs/2206.00364
-(with the warm-up of TensorFlow's `ExponentialMovingAverage`).
+Sources: the optimisers are optax's: AdamW (https://arxiv.org/abs/1711.05101) and Muon
+(https://kellerjordan.github.io/posts/muon, https://arxiv.org/abs/2502.16982); the average of the weights follows Karras
+et al., https://arxiv.org/abs/2206.00364 (with the warm-up of TensorFlow's `ExponentialMovingAverage`).
 """
 
 import json
@@ -16,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -37,11 +39,14 @@ Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 class Schedule:
     """How long to train, how fast, and what to keep.
 
-    Raises ValueError for counts below one.
+    Raises ValueError for counts below one and unknown optimisers.
     """
 
     num_steps: int
     learning_rate: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    # Muon's rate is for kernels, about ten times what AdamW takes; this one is for all else.
+    adam_learning_rate: float = 1e-3
     warmup_steps: int = 100
     final_fraction: float = 0.02  # of the learning rate, where the cosine ends
     weight_decay: float = 0.0
@@ -58,20 +63,39 @@ class Schedule:
         for name in ("num_steps", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW behind a clipped gradient; the rate rises linearly and falls as a cosine."""
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0,
-            self.learning_rate,
-            min(self.warmup_steps, self.num_steps),
-            max(self.num_steps, self.warmup_steps + 1),
-            self.learning_rate * self.final_fraction,
-        )
-        adam = optax.adamw(
-            rate, b2=self.beta2, weight_decay=self.weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1)
-        )
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adam)
+    def rate(self, peak: float) -> optax.Schedule:
+        """Rises linearly from zero to `peak`, and falls as a cosine to the end of training."""
+        warmup = min(self.warmup_steps, self.num_steps)
+        last = max(self.num_steps, self.warmup_steps + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, last, peak * self.final_fraction)
+
+    def transform(self) -> optax.GradientTransformation:
+        """The optimiser behind a clipped gradient. Weights decay where they have more than one axis."""
+        decaying = partial(jax.tree.map, lambda x: x.ndim > 1)
+        if self.optimizer == "muon":
+            steps = optax.contrib.muon(
+                self.rate(self.learning_rate), adam_learning_rate=self.rate(self.adam_learning_rate),
+                adam_b2=self.beta2, weight_decay=self.weight_decay, weight_decay_mask=decaying,
+                muon_weight_dimension_numbers=_matrices,
+            )  # fmt: skip
+        else:
+            steps = optax.adamw(
+                self.rate(self.learning_rate), b2=self.beta2, weight_decay=self.weight_decay, mask=decaying
+            )
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), steps)
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of each array Muon takes as a matrix: a kernel's last against all before; None for what is none."""
+
+    def of(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        kernel = any("kernel" in str(key) for key in path) and x.ndim > 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if kernel else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 @tree_dataclass
@@ -97,7 +121,7 @@ class Trainer:
         self.loss = loss
         self.graphdef, params, self.frozen = nnx.split(model, trainable, ...)
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)  # copies: steps reuse their memory
-        self.transform = schedule.optimizer()
+        self.transform = schedule.transform()
         self.state = TrainState(
             jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), self.transform.init(params)
         )
@@ -111,6 +135,12 @@ class Trainer:
         """The model with the averaged weights, or those of the last step, in float32."""
         params = self.state.average if averaged else self.state.params
         return nnx.merge(self.graphdef, params, self.frozen, copy=True)
+
+    def restore(self, folder: Path) -> None:
+        """Goes to the newest snapshot below `folder`, if there is one. Raises ValueError for one of another model."""
+        snapshots = Snapshots(folder / "snapshots")
+        self.state = snapshots.newest(self.state)
+        snapshots.close()
 
     def train(
         self,

@@ -3,46 +3,228 @@
 Each stage writes its run to `FOLDER/STAGE` (snapshots, `metrics.jsonl`) and goes on where it was stopped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
 
-from ltx_jax.config import VideoVAEConfig
+from ltx_jax.geometry import audio_latent_length
+from ltx_jax.latents import Latents, save_latents
+from ltx_jax.models.audio_vae import AudioVAE
+from ltx_jax.models.connector import TextConnectors
+from ltx_jax.models.gemma import Gemma
+from ltx_jax.models.transformer import Transformer
 from ltx_jax.models.video_vae import VideoVAE
+from ltx_jax.models.vocoder import Vocoder
 from ltx_jax.progress import TerminalProgress
-from ltx_jax.training.autoencoders import video_vae_loss
+from ltx_jax.text import load_tokenizer, text_hidden_states, tokenize
+from ltx_jax.training.autoencoders import (
+    audio_vae_loss,
+    bandwidth_loss,
+    learnt,
+    set_filters,
+    start_smoothly,
+    video_vae_loss,
+    vocoder_loss,
+)
+from ltx_jax.training.data import Example, Examples, StatesRow, read_example
+from ltx_jax.training.flow import DenoisingModel, FlowSettings, flow_loss, start_quietly
+from ltx_jax.training.language import Texts, language_loss
 from ltx_jax.training.loop import Schedule, Trainer
-from scripts.tiny import release, world
+from scripts.tiny import clips, release, words, world
+
+Stage = tuple[Trainer, Callable[[int], Any]]
+CONFIGS = release.configs()
 
 
-def frames_of(index: int, *, seed: int, num_frames: int, width: int, height: int) -> np.ndarray:
-    """Consecutive frames of a training clip, from a random one on, as pixels in [-1, 1]."""
-    toy = world.sample("train", seed, index)
-    clip = world.render(toy, width=width, height=height, num_frames=release.NUM_FRAMES, fps=release.FPS)
-    start = int(np.random.default_rng([seed, index]).integers(release.NUM_FRAMES - num_frames + 1))
-    return clip[start : start + num_frames].astype(np.float32) / 127.5 - 1
-
-
-def video_vae(seed: int, num_steps: int) -> tuple[Trainer, Callable[[int], np.ndarray]]:
-    batch_size = 2
+def video_vae(folder: Path, seed: int, num_steps: int) -> Stage:
+    """Whole clips, upright ones every third step."""
 
     def batches(step: int) -> np.ndarray:
-        size = {"width": release.WIDTH, "height": release.HEIGHT}
-        clips = range(step * batch_size, (step + 1) * batch_size)
-        return np.stack([frames_of(index, seed=seed, num_frames=17, **size) for index in clips])
+        return np.stack([clips.clip_of(4 * step + i, seed=seed, upright=step % 3 == 2) for i in range(4)])
 
-    model = VideoVAE(VideoVAEConfig.from_metadata(release.VAE), rngs=nnx.Rngs(seed))
-    schedule = Schedule(num_steps=num_steps, learning_rate=2e-3, warmup_steps=200, seed=seed, average_decay=0.998)
+    model = VideoVAE(CONFIGS.video_vae, rngs=nnx.Rngs(seed))
+    start_smoothly(model)
+    schedule = Schedule(
+        num_steps=num_steps, learning_rate=1e-2, optimizer="muon", warmup_steps=50, seed=seed, average_decay=0.998
+    )
     return Trainer(model, video_vae_loss, schedule), batches
 
 
-STAGES: dict[str, tuple[Callable[..., tuple[Trainer, Callable[[int], np.ndarray]]], int]] = {
-    "video-vae": (video_vae, 6000),
+def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
+    def batches(step: int) -> jax.Array:
+        return clips.mel_of(clips.sounds_of(range(4 * step, 4 * step + 4), seed=seed), CONFIGS.audio_vae)
+
+    model = AudioVAE(CONFIGS.audio_vae, rngs=nnx.Rngs(seed))
+    # Logarithms of silence are far from zero, and a bias learns slowly.
+    model.decoder.conv_out.bias.set_value(jnp.full(2, jnp.mean(batches(0))))
+    schedule = Schedule(
+        num_steps=num_steps, learning_rate=1e-2, optimizer="muon", warmup_steps=50, seed=seed, average_decay=0.998
+    )
+    return Trainer(model, audio_vae_loss, schedule), batches
+
+
+def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The base generator, from spectrograms, half of which the audio autoencoder has seen before."""
+    autoencoder = trained(folder, "audio-vae")
+    frames, hop = 64, CONFIGS.audio_vae.hop_length
+
+    @jax.jit
+    def coded(mel: jax.Array) -> jax.Array:
+        return autoencoder.decode(autoencoder.encode(mel))
+
+    def batches(step: int) -> tuple[np.ndarray, np.ndarray]:
+        waveform = clips.sounds_of(range(6 * step, 6 * step + 6), seed=seed)
+        mel = clips.mel_of(waveform, CONFIGS.audio_vae)
+        mels = [np.asarray(mel), np.asarray(coded(mel))]
+        rng = np.random.default_rng([seed, step])
+        pieces = []
+        for i in range(len(waveform)):
+            start = int(rng.integers(mels[1].shape[1] - frames))
+            piece = slice(start, start + frames), slice(start * hop, (start + frames) * hop)
+            pieces.append((mels[(i + step) % 2][i, piece[0]], waveform[i, piece[1]]))
+        inputs, targets = zip(*pieces, strict=True)
+        return np.stack(inputs), np.stack(targets)
+
+    model = Vocoder(CONFIGS.vocoder, rngs=nnx.Rngs(seed))
+    set_filters(model)
+    schedule = Schedule(
+        num_steps=num_steps, learning_rate=1e-2, optimizer="muon", warmup_steps=50, seed=seed, average_decay=0.998
+    )
+    return Trainer(model, vocoder_loss, schedule, trainable=learnt("base")), batches
+
+
+def bandwidth(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The generator of high frequencies, which only clicks have; it begins as none."""
+
+    def batches(step: int) -> tuple[np.ndarray, np.ndarray]:
+        indices = range(3 * step, 3 * step + 3)
+        rates = CONFIGS.vocoder.input_sample_rate_hz, CONFIGS.vocoder.sample_rate_hz
+        start = int(np.random.default_rng([seed, step]).integers(16)) * CONFIGS.vocoder.bwe_hop_length * 10
+        low, high = (clips.sounds_of(indices, seed=seed, sample_rate_hz=rate) for rate in rates)
+        ratio = rates[1] // rates[0]
+        return low[:, start : start + 12800], high[:, start * ratio : (start + 12800) * ratio]
+
+    model = trained(folder, "vocoder")
+    model.bwe.conv_post.kernel.set_value(jnp.zeros_like(model.bwe.conv_post.kernel[...]))
+    schedule = Schedule(num_steps=num_steps, learning_rate=1e-3, warmup_steps=50, seed=seed)
+    return Trainer(model, bandwidth_loss, schedule, trainable=learnt("bwe")), batches
+
+
+def language(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The text encoder, as a language model of captions."""
+    words.write_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+
+    def batches(step: int) -> Texts:
+        toys = [world.sample("train", seed, 32 * step + i) for i in range(32)]
+        return Texts(*tokenize(tokenizer, [toy.paraphrase for toy in toys]))
+
+    assert CONFIGS.gemma is not None
+    schedule = Schedule(num_steps=num_steps, learning_rate=3e-3, seed=seed, average_decay=0.99)
+    return Trainer(Gemma(CONFIGS.gemma, rngs=nnx.Rngs(seed)), language_loss, schedule), batches
+
+
+NUM_CLIPS = 6000  # with latents kept, one of four upright
+CLIPS_AT_ONCE = 8
+
+
+def encoded_world(folder: Path, seed: int) -> list[Example]:
+    """Training clips of the world as latents, encoded once and kept in `folder/latents`."""
+    found = []
+    missing = [i for i in range(NUM_CLIPS) if not _latents_file(folder, i).is_file()]
+    if missing:
+        (folder / "latents").mkdir(parents=True, exist_ok=True)
+        vae, audio_vae = trained(folder, "video-vae"), trained(folder, "audio-vae")
+        encode = jax.jit(lambda vae, pixels: vae.encode(pixels)), jax.jit(lambda vae, mel: vae.encode(mel))
+        with TerminalProgress().stage("encode clips", len(missing)) as advance:
+            for kind in (0, 1):
+                of_kind = [i for i in missing if _is_upright(i) == bool(kind)]
+                for start in range(0, len(of_kind), CLIPS_AT_ONCE):
+                    indices = of_kind[start : start + CLIPS_AT_ONCE]
+                    toys = [world.sample("train", seed + 1, i) for i in indices]
+                    size = (release.HEIGHT, release.WIDTH) if kind else (release.WIDTH, release.HEIGHT)
+                    pixels = np.stack([clips.pixels_of(toy, width=size[0], height=size[1]) for toy in toys])
+                    sounds = np.stack([clips.sound_of(toy) for toy in toys])
+                    video = encode[0](vae, pixels)
+                    length = audio_latent_length(release.NUM_FRAMES, release.FPS, CONFIGS.audio_vae)
+                    audio = encode[1](audio_vae, clips.mel_of(sounds, CONFIGS.audio_vae))[:, :length]
+                    for i, index in enumerate(indices):
+                        latents = Latents(video=video[i : i + 1], audio=audio[i : i + 1])
+                        save_latents(_latents_file(folder, index), latents, fps=release.FPS)
+                        advance()
+    for i in range(NUM_CLIPS):
+        caption = world.sample("train", seed + 1, i).paraphrase
+        found.append(read_example(_latents_file(folder, i), CONFIGS, caption))
+    return found
+
+
+def _is_upright(index: int) -> bool:
+    return index % 4 == 3
+
+
+def _latents_file(folder: Path, index: int) -> Path:
+    return folder / "latents" / f"{index:05d}.safetensors"
+
+
+def read_captions(folder: Path, captions: Iterable[str]) -> dict[str, StatesRow]:
+    """What the trained text encoder makes of captions, and of no text."""
+    gemma = trained(folder, "language")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    texts = sorted({"", *captions})
+    rows = {}
+    for start in range(0, len(texts), 64):
+        chosen = texts[start : start + 64]
+        chosen += [""] * (64 - len(chosen))
+        token_ids, mask = tokenize(tokenizer, chosen)
+        hidden = np.asarray(text_hidden_states(gemma, token_ids, mask, dtype=jnp.float32))
+        rows |= {text: StatesRow(hidden[:, i], np.asarray(mask[i])) for i, text in enumerate(chosen)}
+    return rows
+
+
+def transformer(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The diffusion transformer and its connectors, on latents that are kept."""
+    examples = encoded_world(folder, seed)
+    texts = read_captions(folder, (example.caption for example in examples))
+    batches = Examples(examples, texts, CONFIGS, batch_size=32, seed=seed)
+    model = DenoisingModel(
+        Transformer(CONFIGS.transformer, rngs=nnx.Rngs(seed)),
+        TextConnectors(CONFIGS.connectors, rngs=nnx.Rngs(seed + 1)),
+    )
+    start_quietly(model.transformer)
+    schedule = Schedule(
+        num_steps=num_steps, learning_rate=1e-2, adam_learning_rate=2e-3, optimizer="muon", warmup_steps=100, seed=seed,
+        average_decay=0.999,
+    )  # fmt: skip
+    return Trainer(model, flow_loss(FlowSettings()), schedule), batches
+
+
+STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
+    "video-vae": (video_vae, 5000),
+    "audio-vae": (audio_vae, 2500),
+    "vocoder": (vocoder, 3000),
+    "bandwidth": (bandwidth, 300),
+    "language": (language, 600),
+    "transformer": (transformer, 8000),
 }
+
+
+def trained(folder: Path, stage: str, *, seed: int = 0) -> Any:
+    """The model of a finished stage. Raises FileNotFoundError where it has not been trained to its end."""
+    make, num_steps = STAGES[stage]
+    trainer, _ = make(folder, seed, num_steps)
+    trainer.restore(folder / stage)
+    if trainer.step < num_steps:
+        raise FileNotFoundError(
+            f"{folder / stage} holds {trainer.step} of {num_steps} steps: run `python -m scripts.tiny.train {stage} "
+            f"{folder}` first"
+        )
+    return trainer.model()
 
 
 def main(
@@ -56,7 +238,7 @@ def main(
     if stage not in STAGES:
         raise SystemExit(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
     make, num_steps = STAGES[stage]
-    trainer, batches = make(seed, steps or num_steps)
+    trainer, batches = make(folder, seed, steps or num_steps)
     trainer.train(batches, folder / stage, progress=TerminalProgress(), name=stage)
 
 

@@ -1,0 +1,116 @@
+"""Models as the files that they are published in: what was trained here, for everyone's converters and for ours.
+
+    write_official(Path("ltx.safetensors"), {"transformer": transformer, ...}, metadata)
+    write_gemma(Path("gemma"), gemma, config)
+
+`python -m convert ltx.safetensors DEST --gemma gemma --recipe published` packs it, `export --layout V5` publishes it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from convert.mapping import flatten, source_name
+from convert.tables import MAIN, table_of
+from ltx_jax.cache import written_whole
+from ltx_jax.config import UpscalerConfig
+
+VERSION = "2.3.0"
+
+
+def official_tensors(
+    component: str, model: nnx.Module, *, upscalers: Mapping[str, UpscalerConfig] | None = None
+) -> dict[str, np.ndarray]:
+    """A model's parameters by their published names, axes as published, in bfloat16.
+
+    Raises ValueError for a parameter that has no published name, and for layers that are stacked.
+    """
+    prefix, table = table_of(component, upscalers or {})
+    rules = list(flatten(table))
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        ours = ".".join(map(str, path))
+        name = source_name(rules, ours)
+        rule = next((rule for rule in rules if rule.match(name) == ours), None)
+        if rule is None:
+            raise ValueError(f"{ours} of {component} has no published name; models are published with unstacked layers")
+        left, right = rule.pattern.split("->")
+        moved = rearrange(np.asarray(variable.get_value()), f"{right} -> {left}")
+        tensors[prefix + name] = np.ascontiguousarray(moved).astype(ml_dtypes.bfloat16)
+    return tensors
+
+
+def write_official(path: Path, models: Mapping[str, nnx.Module], metadata: Mapping[str, Any]) -> None:
+    """All models of the main file, with their configuration, whole or not at all.
+
+    Raises ValueError where one is missing, as `official_tensors` does, and for values that are not finite.
+    """
+    if missing := set(MAIN) - set(models):
+        raise ValueError(f"an official checkpoint holds {', '.join(MAIN)}; missing: {', '.join(sorted(missing))}")
+    tensors = {name: x for part in MAIN for name, x in official_tensors(part, models[part]).items()}
+    _write(path, tensors, {"config": json.dumps(metadata), "model_version": VERSION})
+
+
+def write_upscaler(path: Path, model: nnx.Module, metadata: Mapping[str, Any]) -> None:
+    """A latent upscaler's own file. Raises ValueError as `write_official` does."""
+    config = UpscalerConfig.from_metadata(metadata)
+    _write(path, official_tensors("upscaler", model, upscalers={"upscaler": config}), {"config": json.dumps(metadata)})
+
+
+def write_gemma(folder: Path, model: nnx.Module, config: Mapping[str, Any]) -> None:
+    """`config.json` and `model.safetensors` of a text encoder, in the Hugging Face layout.
+
+    Raises ValueError as `write_official` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": x for name, x in official_tensors("gemma", model).items()}
+    _write(folder / "model.safetensors", tensors, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor.astype(np.float32)).all():
+            raise ValueError(f"{name} has values that are not finite; {path} was not written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        save_file(dict(tensors), str(temporary), metadata)
+
+
+def read_official(path: Path, component: str, model: nnx.Module) -> None:
+    """Fills a model of the main file, or of a text encoder's, from a file that `write_official` wrote, in place.
+
+    For training that goes on from there: values become float32, nothing is packed. Raises ValueError, listing them, for
+    tensors that are missing or of another shape.
+    """
+    prefix, table = ("model.", table_of(component, {})[1]) if component == "gemma" else table_of(component, {})
+    rules = list(flatten(table))
+    state = nnx.state(model)
+    odd, found = [], {}
+    with safe_open(path, "numpy") as file:
+        names = set(file.keys())
+        for place, variable in nnx.to_flat_state(state):
+            ours = ".".join(map(str, place))
+            name = prefix + source_name(rules, ours)
+            rule = next(rule for rule in rules if rule.match(name.removeprefix(prefix)) == ours)
+            if name not in names:
+                odd.append(f"{name} (missing)")
+                continue
+            value = rearrange(file.get_tensor(name).astype(np.float32), rule.pattern)
+            if value.shape != variable.get_value().shape:
+                odd.append(f"{name} ({list(value.shape)} for {list(variable.get_value().shape)})")
+            found[place] = value
+    if odd:
+        raise ValueError(f"{path} does not hold this {component}: {len(odd)} tensors differ, {', '.join(odd[:6])}")
+    for place, variable in nnx.to_flat_state(state):
+        variable.set_value(jnp.asarray(found[place]))
+    nnx.update(model, state)

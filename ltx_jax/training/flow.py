@@ -1,0 +1,201 @@
+"""The rectified-flow loss of the diffusion transformer: both streams, each at its own noise level.
+
+A clean latent x and noise n make `(1 - sigma) x + sigma n`; the model learns its velocity `n - x`. Some samples are
+given their first frame, or the whole of one stream, as users' modes give them.
+
+Sources: Liu et al., https://arxiv.org/abs/2209.03003 (rectified flow); Esser et al., https://arxiv.org/abs/2403.03206
+(logit-normal levels and their shift); LTX-Video, https://arxiv.org/abs/2501.00103, section 3 (levels of single tokens).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from ltx_jax.abstract import tree_dataclass
+from ltx_jax.models.connector import Contexts, TextConnectors
+from ltx_jax.models.transformer import Block, StreamInput, Transformer, Velocity
+from ltx_jax.stack import run_layers
+from ltx_jax.training.loop import Loss, Metrics
+
+
+class TextStates(NamedTuple):
+    """Prompts as the text encoder leaves them, for connectors that are trained too."""
+
+    hidden: Float[Array, "batch states tokens hidden"]
+    mask: Bool[Array, "batch tokens"]
+
+
+@tree_dataclass
+@dataclass(frozen=True, kw_only=True)
+class FlowBatch:
+    """Clips of one size as normalised latents, patchified, and their captions."""
+
+    video: Float[Array, "batch video_tokens video_channels"]
+    audio: Float[Array, "batch audio_tokens audio_channels"]
+    video_positions: Float[Array, "batch video_tokens 3 2"]
+    audio_positions: Float[Array, "batch audio_tokens 1 2"]
+    text: TextStates | Contexts
+
+
+class DenoisingModel(nnx.Module):
+    """What is trained together: the transformer and, where captions come as `TextStates`, the connectors.
+
+    With `remat`, blocks are computed again for their gradients: of each no more than its input is kept, and packed
+    weights are unpacked one block at a time on the way back too.
+    """
+
+    def __init__(self, transformer: Transformer, connectors: TextConnectors | None = None, *, remat: bool = False):
+        self.transformer = transformer
+        self.connectors = connectors
+        self.remat = remat
+
+    def __call__(self, video: StreamInput, audio: StreamInput) -> Velocity:
+        if not self.remat:
+            return self.transformer(video, audio)
+        model = self.transformer
+        entered = model.enter(video, audio)
+
+        def step(block: Block, streams: Any, keep: None) -> Any:
+            return model.step(block, streams, entered.shared, keep)
+
+        streams, _ = run_layers(model.blocks, jax.checkpoint(step), entered.carry, entered.per_layer)
+        return model.leave(streams, None, entered.rest)
+
+    def contexts(self, text: TextStates | Contexts) -> Contexts:
+        if not isinstance(text, TextStates):
+            return text
+        if self.connectors is None:
+            raise ValueError("captions came as hidden states, which connectors read; give the model its connectors")
+        return self.connectors(jnp.moveaxis(text.hidden, 1, 0), text.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSettings:
+    """How samples are noised, and what of them is given. Shares are of the samples, each in [0, 1].
+
+    Raises ValueError for what is no share, and for shares of given streams that are more than all.
+    """
+
+    shift: float = 3.0  # of the noise levels: above 1, more are high
+    uniform: float = 0.1  # take any level, equally likely
+    own_levels: float = 0.3  # have a level for the sound that is not the picture's
+    image: float = 0.2  # know their first latent frame
+    given_video: float = 0.05  # are sound for a picture that is there
+    given_audio: float = 0.05  # are a picture for sound that is there
+    audio_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("uniform", "own_levels", "image", "given_video", "given_audio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share of the samples: expected 0 to 1, got {getattr(self, name)}")
+        if self.given_video + self.given_audio > 1:
+            raise ValueError("given_video and given_audio exclude each other: together they must be at most 1")
+        if not self.shift > 0:
+            raise ValueError(f"shift must be above 0, got {self.shift}")
+
+
+def noise_levels(key: jax.Array, count: int, settings: FlowSettings) -> Float[Array, " {count}"]:
+    """Levels in (0, 1): a shifted logit-normal distribution, and a share of a uniform one."""
+    normal, uniform, choice = jax.random.split(key, 3)
+    levels = jax.nn.sigmoid(jax.random.normal(normal, (count,)))
+    levels = settings.shift * levels / (1 + (settings.shift - 1) * levels)
+    flat = jax.random.uniform(uniform, (count,), minval=1e-3)
+    return jnp.where(jax.random.uniform(choice, (count,)) < settings.uniform, flat, levels)
+
+
+class Given(NamedTuple):
+    """What of each sample is not noised."""
+
+    video: Bool[Array, " batch"]
+    audio: Bool[Array, " batch"]
+    image: Bool[Array, " batch"]
+
+
+def draw_given(key: jax.Array, count: int, settings: FlowSettings) -> Given:
+    """At most one stream is given; an image only where the video is not."""
+    stream, image = jax.random.uniform(key, (2, count))
+    video = stream < settings.given_video
+    audio = ~video & (stream < settings.given_video + settings.given_audio)
+    return Given(video, audio, ~video & (image < settings.image))
+
+
+def first_frame(positions: Float[Array, "batch tokens 3 2"]) -> Bool[Array, " tokens"]:
+    """Which tokens begin at time zero, in clips of one size."""
+    return positions[0, :, 0, 0] == 0
+
+
+def flow_loss(settings: FlowSettings) -> Loss:
+    """The loss of a `DenoisingModel` for a `FlowBatch`, as `loop.Trainer` takes it."""
+
+    def loss(model: DenoisingModel, batch: FlowBatch, key: jax.Array) -> tuple[Array, Metrics]:
+        count = len(batch.video)
+        keys = jax.random.split(key, 6)
+        given = draw_given(keys[0], count, settings)
+        sigma = noise_levels(keys[1], count, settings)
+        own = jax.random.uniform(keys[2], (count,)) < settings.own_levels
+        audio_sigma = jnp.where(own, noise_levels(keys[3], count, settings), sigma)
+        sigma, audio_sigma = jnp.where(given.video, 0, sigma), jnp.where(given.audio, 0, audio_sigma)
+
+        first = first_frame(batch.video_positions)
+        first_sigma = jnp.where(given.image, 0, sigma)
+        level = jnp.where(first, 0, 1).astype(jnp.int32)
+        timesteps = jnp.stack([first_sigma, sigma], axis=1)
+        video_noise = jax.random.normal(keys[4], batch.video.shape)
+        audio_noise = jax.random.normal(keys[5], batch.audio.shape)
+        contexts = model.contexts(batch.text)
+        velocity = model(
+            StreamInput(
+                tokens=noised(batch.video, video_noise, timesteps[:, level]),
+                timesteps=timesteps,
+                level=level,
+                sigma=sigma,
+                positions=batch.video_positions,
+                context=contexts.video,
+            ),
+            StreamInput(
+                tokens=noised(batch.audio, audio_noise, audio_sigma[:, None]),
+                timesteps=audio_sigma[:, None],
+                sigma=audio_sigma,
+                positions=batch.audio_positions,
+                context=contexts.audio,
+            ),
+        )
+        assert velocity.video is not None
+        assert velocity.audio is not None
+        video_error = mean_square(velocity.video - (video_noise - batch.video), timesteps[:, level] > 0)
+        audio_error = mean_square(velocity.audio - (audio_noise - batch.audio), (audio_sigma > 0)[:, None])
+        return video_error + settings.audio_weight * audio_error, {"video": video_error, "audio": audio_error}
+
+    return loss
+
+
+def noised(
+    clean: Float[Array, "batch tokens channels"],
+    noise: Float[Array, "batch tokens channels"],
+    sigma: Float[Array, "batch #tokens"],
+) -> Float[Array, "batch tokens channels"]:
+    """Each token at its level."""
+    return clean + sigma[..., None] * (noise - clean)
+
+
+def mean_square(error: Float[Array, "batch tokens channels"], counted: Bool[Array, "batch #tokens"]) -> Array:
+    """The mean over the tokens that count; zero where none does."""
+    weights = jnp.broadcast_to(counted, error.shape[:2]).astype(jnp.float32)
+    squares = jnp.mean(jnp.square(error.astype(jnp.float32)), axis=-1)
+    return jnp.sum(weights * squares) / jnp.maximum(jnp.sum(weights), 1)
+
+
+def start_quietly(transformer: Transformer) -> None:
+    """Gives a new transformer gates and an output of zero, in place: every block begins as the identity.
+
+    Source: adaLN-Zero of Peebles & Xie, https://arxiv.org/abs/2212.09748.
+    """
+    streams: list[Any] = [transformer.video, transformer.audio]
+    for stream in streams:
+        for adaln in (stream.adaln, stream.prompt_adaln, stream.cross_adaln, stream.cross_gate_adaln):
+            adaln.linear.kernel.set_value(jnp.zeros_like(adaln.linear.kernel[...]))
+        stream.proj_out.kernel.set_value(jnp.zeros_like(stream.proj_out.kernel[...]))
