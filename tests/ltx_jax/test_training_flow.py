@@ -20,8 +20,8 @@ from ltx_jax.training import flow
 from ltx_jax.training.adapters import adapters, add_adapters, write_adapters
 from ltx_jax.training.loop import Schedule, Trainer, read_metrics
 
-VIDEO = StreamConfig(in_channels=4, out_channels=4, num_heads=2, head_dim=16, context_dim=32, max_pos=(20, 512, 512))
-AUDIO = replace(VIDEO, head_dim=8, context_dim=16, max_pos=(20,))
+VIDEO = StreamConfig(in_channels=4, out_channels=4, num_heads=2, head_dim=16, context_dim=32, max_pos=(20.0, 512.0, 512.0))
+AUDIO = replace(VIDEO, head_dim=8, context_dim=16, max_pos=(20.0,))
 CONFIG = TransformerConfig(
     num_layers=2, video=VIDEO, audio=AUDIO, eps=1e-6, rope_theta=10000.0, timestep_scale=1000.0,
     av_gate_timestep_scale=1000.0, gated_attention=True,
@@ -136,7 +136,7 @@ def test_levels_are_shifted():
 
 @pytest.mark.parametrize("wrong", [{"image": 1.5}, {"given_video": 0.6, "given_audio": 0.6}, {"shift": 0.0}])
 def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match="expected 0 to 1|at most 1|above 0"):
+    with pytest.raises(ValueError, match=r"expected 0 to 1|at most 1|above 0"):
         flow.FlowSettings(**wrong)
 
 
