@@ -20,7 +20,9 @@ from ltx_jax.training import flow
 from ltx_jax.training.adapters import adapters, add_adapters, write_adapters
 from ltx_jax.training.loop import Schedule, Trainer, read_metrics
 
-VIDEO = StreamConfig(in_channels=4, out_channels=4, num_heads=2, head_dim=16, context_dim=32, max_pos=(20.0, 512.0, 512.0))
+VIDEO = StreamConfig(
+    in_channels=4, out_channels=4, num_heads=2, head_dim=16, context_dim=32, max_pos=(20.0, 512.0, 512.0)
+)
 AUDIO = replace(VIDEO, head_dim=8, context_dim=16, max_pos=(20.0,))
 CONFIG = TransformerConfig(
     num_layers=2, video=VIDEO, audio=AUDIO, eps=1e-6, rope_theta=10000.0, timestep_scale=1000.0,
