@@ -206,8 +206,8 @@ class _Group(NamedTuple):
     @classmethod
     def of(cls, examples: Sequence[Example], configs: Configs) -> "_Group":
         first = examples[0]
-        shape = first.latents.video.shape[1:4]
-        positions = video_positions(shape, fps=first.fps, scale=configs.video_vae.scale)
+        _, frames, height, width, _ = first.latents.video.shape
+        positions = video_positions((frames, height, width), fps=first.fps, scale=configs.video_vae.scale)
         return cls(
             video=np.concatenate([np.asarray(patchify_video(example.latents.video)) for example in examples]),
             audio=np.concatenate([np.asarray(patchify_audio(example.latents.audio)) for example in examples]),

@@ -60,7 +60,7 @@ def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
     def batches(step: int) -> jax.Array:
         return clips.mel_of(clips.sounds_of(range(4 * step, 4 * step + 4), seed=seed), CONFIGS.audio_vae)
 
-    model = AudioVAE(CONFIGS.audio_vae, rngs=nnx.Rngs(seed))
+    model: Any = AudioVAE(CONFIGS.audio_vae, rngs=nnx.Rngs(seed))
     # Logarithms of silence are far from zero, and a bias learns slowly.
     model.decoder.conv_out.bias.set_value(jnp.full(2, jnp.mean(batches(0))))
     schedule = Schedule(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def batch(count: int = 8) -> flow.FlowBatch:
     )
 
 
-def copied(model: nnx.Module):
+def copied(model: nnx.Module) -> Any:
     return nnx.merge(*nnx.split(model))
 
 
@@ -143,11 +144,12 @@ def test_impossible_settings_are_refused(wrong):
 
 
 def test_connectors_learn_from_hidden_states(transformer):
-    model = flow.DenoisingModel(copied(transformer), TextConnectors(CONNECTORS, rngs=nnx.Rngs(1)))
+    connectors = TextConnectors(CONNECTORS, rngs=nnx.Rngs(1))
+    model = flow.DenoisingModel(copied(transformer), connectors)
     mask = jnp.arange(8)[None] >= jnp.asarray([3, 6])[:, None]
     text = flow.TextStates(normal(6, 2, 2, 8, 8), mask)
     contexts = model.contexts(text)
-    expected = model.connectors(jnp.moveaxis(text.hidden, 1, 0), mask)
+    expected = connectors(jnp.moveaxis(text.hidden, 1, 0), mask)
     np.testing.assert_array_equal(contexts.video, expected.video)
     assert contexts.audio.shape == (2, 8, 16)
     with pytest.raises(ValueError, match="connectors"):
@@ -156,7 +158,7 @@ def test_connectors_learn_from_hidden_states(transformer):
 
 def packed_and_stacked(transformer: Transformer) -> Transformer:
     """The same at 5 bits, in the form that a checkpoint is loaded in."""
-    model: Transformer = copied(transformer)
+    model = copied(transformer)
     for block in model.blocks:
         for part, name in ((block.video.self_attn, "to_q"), (block.video.ff, "proj_out")):
             setattr(part, name, QuantizedLinear.from_linear(getattr(part, name)))
@@ -193,7 +195,8 @@ def test_adapters_learn_over_packed_weights_that_stay(transformer, tmp_path):
 
 
 def open_gates(model: Transformer) -> None:
-    for stream in (model.video, model.audio):
+    streams: list[Any] = [model.video, model.audio]
+    for stream in streams:
         stream.adaln.linear.bias.set_value(jnp.ones_like(stream.adaln.linear.bias[...]))
         stream.proj_out.kernel.set_value(0.3 * normal(9, *stream.proj_out.kernel.shape))
 

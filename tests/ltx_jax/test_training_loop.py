@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from ltx_jax.training.loop import MetricsLog, Schedule, Trainer, read_metrics
+from ltx_jax.training.plot import plot_metrics
 
 TRUE = np.array([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0]], np.float32)
 
@@ -145,3 +147,25 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
     resumed.train(batches, tmp_path / "cut")
     for a, b in zip(leaves(whole.state), leaves(resumed.state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_metrics_are_drawn(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    with pytest.raises(ValueError, match="has no metrics yet"):
+        plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
+    for step in range(1, 5):
+        log.write(step, {"loss": 1 / step, "error": 2.0, "psnr_db": 3.0 * step, "signed": step - 2.0})
+    plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "metrics.png")
+    with Image.open(tmp_path / "metrics.png") as picture:
+        assert picture.size == (1440, 624)  # three panels in a row, two rows
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 5
+
+
+def test_muon_learns_kernels_and_adam_the_rest(tmp_path):
+    learner = trainer(optimizer="muon", num_steps=60, learning_rate=0.3, adam_learning_rate=0.1)
+    learner.train(batches, tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[-1]["error"] < 0.1 * lines[0]["error"]
+    state = str(jax.tree.structure(learner.state.optimizer))
+    assert "MuonState" in state
+    assert "ScaleByAdamState" in state
