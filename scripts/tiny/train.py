@@ -4,6 +4,7 @@ Each stage writes its run to `FOLDER/STAGE` (snapshots, `metrics.jsonl`) and goe
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +57,16 @@ def video_vae(folder: Path, seed: int, num_steps: int) -> Stage:
     return Trainer(model, video_vae_loss, schedule), batches
 
 
+def video_vae_sharp(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The same on, where edges count."""
+    _, batches = video_vae(folder, seed, 1)
+    schedule = Schedule(
+        num_steps=num_steps, learning_rate=6e-3, optimizer="muon", warmup_steps=50, seed=seed + 1, average_decay=0.998
+    )
+    loss = partial(video_vae_loss, edge_weight=0.5)
+    return Trainer(trained(folder, "video-vae"), loss, schedule), lambda step: batches(step + STAGES["video-vae"][1])
+
+
 def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
     def batches(step: int) -> jax.Array:
         return clips.mel_of(clips.sounds_of(range(4 * step, 4 * step + 4), seed=seed), CONFIGS.audio_vae)
@@ -93,6 +104,8 @@ def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
 
     model = Vocoder(CONFIGS.vocoder, rngs=nnx.Rngs(seed))
     set_filters(model)
+    # Logarithms of magnitudes are large, and make a loud noise of the first weights.
+    model.base.conv_post.kernel.set_value(0.01 * model.base.conv_post.kernel[...])
     schedule = Schedule(
         num_steps=num_steps, learning_rate=1e-2, optimizer="muon", warmup_steps=50, seed=seed, average_decay=0.998
     )
@@ -140,7 +153,7 @@ def encoded_world(folder: Path, seed: int) -> list[Example]:
     missing = [i for i in range(NUM_CLIPS) if not _latents_file(folder, i).is_file()]
     if missing:
         (folder / "latents").mkdir(parents=True, exist_ok=True)
-        vae, audio_vae = trained(folder, "video-vae"), trained(folder, "audio-vae")
+        vae, audio_vae = trained(folder, "video-vae-sharp"), trained(folder, "audio-vae")
         encode = jax.jit(lambda vae, pixels: vae.encode(pixels)), jax.jit(lambda vae, mel: vae.encode(mel))
         with TerminalProgress().stage("encode clips", len(missing)) as advance:
             for kind in (0, 1):
@@ -206,6 +219,7 @@ def transformer(folder: Path, seed: int, num_steps: int) -> Stage:
 
 STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
     "video-vae": (video_vae, 5000),
+    "video-vae-sharp": (video_vae_sharp, 4000),
     "audio-vae": (audio_vae, 2500),
     "vocoder": (vocoder, 3000),
     "bandwidth": (bandwidth, 300),
