@@ -11,7 +11,7 @@ from convert.export import Export, run_export
 from convert.files import ConvertError, OnlyLoras, Shelf
 from convert.hub import Hub
 from convert.loras import describe_loras, lora_text
-from convert.quantizing import BITS, OPTIONAL, RECIPE
+from convert.quantizing import BITS, BLOCK_SIZE, OPTIONAL, RECIPE
 from convert.report import fetched_text, inspect, to_text
 from convert.sources import bring
 from convert.verify import Verify, run_verify
@@ -55,6 +55,8 @@ class Convert:
     """
     recipe: str = RECIPE
     """How to pack: scalar; trellis (least error, slow on a CPU); or published, which other programs can read."""
+    block_size: int = BLOCK_SIZE
+    """Weights of a row that are packed together, with one norm: 128, as published; 64 or 32 for narrow models."""
     overwrite: bool = False
     """Replace a finished checkpoint at DEST."""
 
@@ -129,6 +131,7 @@ def run_convert(options: Convert) -> int:
         quantize=[group.strip() for group in options.quantize.split(",") if group.strip()],
         bits=options.bits,
         recipe=options.recipe,
+        block_size=options.block_size,
         overwrite=options.overwrite,
         progress=True,
     )

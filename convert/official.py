@@ -60,6 +60,15 @@ def write_official(path: Path, models: Mapping[str, nnx.Module], metadata: Mappi
     _write(path, tensors, {"config": json.dumps(metadata), "model_version": VERSION})
 
 
+def write_parts(path: Path, models: Mapping[str, nnx.Module]) -> None:
+    """Some models by themselves, as `read_official` reads them. Raises ValueError as `write_official` does."""
+    tensors = {}
+    for component, model in models.items():
+        below = "model." if component == "gemma" else ""
+        tensors |= {below + name: x for name, x in official_tensors(component, model).items()}
+    _write(path, tensors, {"format": "pt"})
+
+
 def write_upscaler(path: Path, model: nnx.Module, metadata: Mapping[str, Any]) -> None:
     """A latent upscaler's own file. Raises ValueError as `write_official` does."""
     config = UpscalerConfig.from_metadata(metadata)
@@ -72,8 +81,7 @@ def write_gemma(folder: Path, model: nnx.Module, config: Mapping[str, Any]) -> N
     Raises ValueError as `write_official` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": x for name, x in official_tensors("gemma", model).items()}
-    _write(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_parts(folder / "model.safetensors", {"gemma": model})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -87,7 +95,7 @@ def _write(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, st
 
 
 def read_official(path: Path, component: str, model: nnx.Module) -> None:
-    """Fills a model of the main file, or of a text encoder's, from a file that `write_official` wrote, in place.
+    """Fills a model of the main file, or a text encoder, from a file of official tensors, in place.
 
     For training that goes on from there: values become float32, nothing is packed. Raises ValueError, listing them, for
     tensors that are missing or of another shape.

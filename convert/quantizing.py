@@ -27,6 +27,7 @@ from hlwq_jax.trellis import TRELLIS_BITS
 from ltx_jax.checkpoint import QuantizedShape
 
 BITS, BLOCK_SIZE = 5, 128
+BLOCK_SIZES = (32, 64, 128)  # smaller ones follow narrow layers without padding; all run fused on a card
 UNPACKED_BITS = 16  # as published
 GEMMA = "gemma"
 RECIPES: Mapping[str, Recipe] = {
@@ -55,10 +56,22 @@ class Quantizing:
     bits: Mapping[str, int]
     exceptions: tuple[tuple[str, int], ...] = ()  # (pattern, bits), of which the first that fits holds
     recipe: str = RECIPE
+    block_size: int = BLOCK_SIZE  # weights of a row that share a norm
 
     @classmethod
-    def of(cls, *, gemma_bits: int, groups: Iterable[str], bits: str = "", recipe: str = RECIPE) -> "Quantizing":
-        """`bits` is as `blocks.0=8,blocks.43-47=6,*=5`. Raises ConvertError for bits, groups, recipes unknown."""
+    def of(
+        cls,
+        *,
+        gemma_bits: int,
+        groups: Iterable[str],
+        bits: str = "",
+        recipe: str = RECIPE,
+        block_size: int = BLOCK_SIZE,
+    ) -> "Quantizing":
+        """`bits` is as `blocks.0=8,blocks.43-47=6,*=5`.
+
+        Raises ConvertError for bits, groups, recipes and sizes of blocks that there are not.
+        """
         groups = tuple(groups)
         unknown = sorted(set(groups) - set(OPTIONAL))
         if unknown:
@@ -68,12 +81,15 @@ class Quantizing:
         _check_bits("gemma bits", gemma_bits)
         packed = {} if gemma_bits == UNPACKED_BITS else {GEMMA: gemma_bits}
         exceptions = tuple(_exception(text) for text in bits.split(",") if text.strip())
-        return cls(packed | {group: BITS for group in OPTIONAL if group in groups}, exceptions, recipe)
+        if block_size not in BLOCK_SIZES:
+            raise ConvertError(f"block-size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {block_size}")
+        return cls(packed | {group: BITS for group in OPTIONAL if group in groups}, exceptions, recipe, block_size)
 
     @property
     def options(self) -> dict[str, object]:
         """What decides the result, as JSON."""
-        return {"groups": dict(self.bits), "bits": dict(self.exceptions), "recipe": self.recipe}
+        said = {"groups": dict(self.bits), "bits": dict(self.exceptions), "recipe": self.recipe}
+        return said if self.block_size == BLOCK_SIZE else {**said, "block_size": self.block_size}
 
     def group(self, component: str, parameter: str) -> str | None:
         """The group to be packed that a parameter of a component is in, or None."""
@@ -89,9 +105,9 @@ class Quantizing:
     def recipe_of(self, group: str, component: str, parameter: str) -> Recipe:
         """How a parameter of a group is packed; more bits than a trellis has make it scalar."""
         bits = self._bits(group, component, parameter.removesuffix(".kernel"))
-        recipe = replace(RECIPES[self.recipe], bits=bits)
+        recipe = replace(RECIPES[self.recipe], bits=bits, block_size=self.block_size)
         if recipe.history_bits and bits not in TRELLIS_BITS:
-            recipe = replace(RECIPES["scalar"], bits=bits)
+            recipe = replace(RECIPES["scalar"], bits=bits, block_size=self.block_size)
         return recipe
 
     def _bits(self, group: str, component: str, path: str) -> int:

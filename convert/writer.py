@@ -25,7 +25,7 @@ from convert.inventory import Inventory, take_inventory
 from convert.journal import INVENTORY, Part, file_digest
 from convert.layout import kept_tensors, layout_of, write_kept
 from convert.progress import Advance, progress_bar
-from convert.quantizing import BITS, GROUPS, RECIPE, RECIPES, Quantizing
+from convert.quantizing import BITS, BLOCK_SIZE, GROUPS, RECIPE, RECIPES, Quantizing
 from convert.report import Report, make_report, size_text, to_text
 from convert.tasks import PACKED, QUANTISED, UNPACKED, Task, all_tasks, tensor_facts
 from hlwq_jax import FormatError, StoredWeight
@@ -55,6 +55,7 @@ def convert(
     quantize: Iterable[str] = (),
     bits: str = "",
     recipe: str = RECIPE,
+    block_size: int = BLOCK_SIZE,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
@@ -62,7 +63,8 @@ def convert(
 
     What arrives packed stays so. The text encoder's linears are packed at `gemma_bits` (2 to 8; 16 leaves them as they
     are), and those of the groups in `quantize` (blocks, connectors, projection, adaln) at 5 bits, but for what `bits`
-    says of some (`blocks.0=8,blocks.43-47=6`). `recipe` is one of `convert.quantizing.RECIPES`.
+    says of some (`blocks.0=8,blocks.43-47=6`). `recipe` is one of `convert.quantizing.RECIPES`, and
+    `block_size` (128, 64 or 32) how many weights of a row share a norm.
 
     What a package lacks comes from `base`, the official checkpoint that it was made from, packed as the package packs
     its like.
@@ -74,7 +76,7 @@ def convert(
     Raises ConvertError, FormatError or ConfigError for a source that is short, damaged or foreign, for a destination
     that is there already (unless `overwrite`, and only if it is a checkpoint), or that another process writes.
     """
-    quantizing = Quantizing.of(gemma_bits=gemma_bits, groups=quantize, bits=bits, recipe=recipe)
+    quantizing = Quantizing.of(gemma_bits=gemma_bits, groups=quantize, bits=bits, recipe=recipe, block_size=block_size)
     dest = Path(dest).resolve()
     opened = open_source(
         Path(source), gemma=None if gemma is None else Path(gemma), upscalers=tuple(map(Path, upscalers))
@@ -368,7 +370,10 @@ class Conversion:
                 "inventory_sha256": inventory_sha256,
                 "options": self.options,
                 "quantized": [asdict(group) for group in self.report.quantized],  # as it arrived
-                "quantized_here": {"recipe": asdict(RECIPES[self.quantizing.recipe]), "linears": here},
+                "quantized_here": {
+                    "recipe": asdict(RECIPES[self.quantizing.recipe]) | {"block_size": self.quantizing.block_size},
+                    "linears": here,
+                },
                 "configuration": self.report.configuration,
                 "unpacked_to_bfloat16": [task.name for task in self.tasks if task.rule == UNPACKED],
                 "skipped": list(inventory.skipped) + ([] if gemma is None else list(gemma.skipped)),

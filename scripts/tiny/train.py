@@ -14,6 +14,8 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from convert.official import read_official, write_parts
+from ltx_jax.checkpoint import MODELS
 from ltx_jax.geometry import audio_latent_length
 from ltx_jax.latents import Latents, save_latents
 from ltx_jax.models.audio_vae import AudioVAE
@@ -228,17 +230,27 @@ STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
 }
 
 
-def trained(folder: Path, stage: str, *, seed: int = 0) -> Any:
-    """The model of a finished stage. Raises FileNotFoundError where it has not been trained to its end."""
-    make, num_steps = STAGES[stage]
-    trainer, _ = make(folder, seed, num_steps)
-    trainer.restore(folder / stage)
-    if trainer.step < num_steps:
-        raise FileNotFoundError(
-            f"{folder / stage} holds {trainer.step} of {num_steps} steps: run `python -m scripts.tiny.train {stage} "
-            f"{folder}` first"
-        )
-    return trainer.model()
+# What each stage leaves, the transformer's beside the connectors.
+COMPONENTS = {
+    "video-vae": "video_vae",
+    "video-vae-sharp": "video_vae",
+    "audio-vae": "audio_vae",
+    "vocoder": "vocoder",
+    "bandwidth": "vocoder",
+    "language": "gemma",
+}
+TOGETHER = ("transformer", "connectors")
+
+
+def trained(folder: Path, stage: str) -> Any:
+    """The model of a finished stage, as it is released. Raises FileNotFoundError where there is none."""
+    path = folder / f"{stage}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: run `python -m scripts.tiny.train {stage} {folder}` first")
+    component = COMPONENTS[stage]
+    model = MODELS[component](CONFIGS.of(component), rngs=nnx.Rngs(0))
+    read_official(path, component, model)
+    return model
 
 
 def main(
@@ -248,12 +260,15 @@ def main(
     seed: int = 0,
     steps: int | None = None,
 ) -> None:
-    """Trains a stage of the miniature release, or goes on with it."""
+    """Trains a stage of the miniature release, or goes on with it; what is finished is `FOLDER/STAGE.safetensors`."""
     if stage not in STAGES:
         raise SystemExit(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
     make, num_steps = STAGES[stage]
     trainer, batches = make(folder, seed, steps or num_steps)
     trainer.train(batches, folder / stage, progress=TerminalProgress(), name=stage)
+    model = trainer.model()
+    parts = {part: getattr(model, part) for part in TOGETHER} if stage == "transformer" else {COMPONENTS[stage]: model}
+    write_parts(folder / f"{stage}.safetensors", parts)
 
 
 if __name__ == "__main__":

@@ -337,6 +337,27 @@ def test_the_first_exception_that_fits_a_name_holds():
     assert trellis.recipe_of("blocks", "transformer", f"blocks.1.{name}") == RECIPES["trellis"]
 
 
+def test_small_blocks_are_published_and_come_back(ltx_dir, tmp_path):
+    source = str(ltx_dir / "checkpoint.safetensors")
+    arguments = ["--quantize", "--recipe", "published", "--block-size", "32"]
+    assert main([source, str(tmp_path / "out"), *arguments]) == 0
+    first = Manifest.read(tmp_path / "out").quantized["transformer"]
+    assert {shape.block_size for shape in first.values()} == {32}
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "package"), "--layout", "V5"]) == 0
+    assert main([str(tmp_path / "package"), str(tmp_path / "again")]) == 0
+    assert Manifest.read(tmp_path / "again").quantized["transformer"] == first
+    models: list[Any] = [
+        load_component(tmp_path / name, Manifest.read(tmp_path / name), "transformer") for name in ("out", "again")
+    ]
+    for (place, one), (_, other) in zip(*(nnx.to_flat_state(nnx.state(model)) for model in models), strict=True):
+        np.testing.assert_array_equal(one.get_value(), other.get_value(), err_msg=str(place))
+
+
+def test_odd_sizes_of_blocks_are_refused():
+    with pytest.raises(ConvertError, match="block-size must be one of 32, 64, 128; got 48"):
+        Quantizing.of(gemma_bits=5, groups=[], block_size=48)
+
+
 def test_a_model_of_layers_with_different_bits_is_two_stacks_and_computes_with_its_decoded_weights(ltx_dir, tmp_path):
     source = str(ltx_dir / "checkpoint.safetensors")
     assert main([source, str(tmp_path / "out"), "--bits", "blocks.0=6", "--recipe", "trellis", "--quantize"]) == 0
