@@ -1,0 +1,138 @@
+"""Teaches a converted checkpoint something new from a folder of clips: a LoRA beside packed weights, or all weights.
+
+python finetune.py --checkpoint DIR --clips FOLDER --run RUN --width 512 --height 320 --num-frames 49
+python generate.py --checkpoint DIR --lora RUN/lora.safetensors --prompt "..." --output clip.mp4
+
+FOLDER holds clip.mp4 and clip.txt, the caption, for each clip. Latents and contexts are kept in RUN/encoded, snapshots
+in RUN/snapshots: a run that was stopped goes on where it was.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+
+from convert.official import write_parts
+from ltx_jax.engine import Engine
+from ltx_jax.environment import prepare
+from ltx_jax.geometry import VideoGrid
+from ltx_jax.load import load_component
+from ltx_jax.progress import TerminalProgress
+from ltx_jax.stack import count_layers, module_at
+from ltx_jax.training.adapters import adapters, add_adapters, write_adapters
+from ltx_jax.training.data import Examples, contexts_of, encode_folder
+from ltx_jax.training.flow import DenoisingModel, FlowSettings, flow_loss
+from ltx_jax.training.loop import Schedule, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Fine-tunes the diffusion transformer of a checkpoint that `python -m convert` made."""
+
+    checkpoint: Path
+    """The converted checkpoint folder; its weights may be packed."""
+    clips: Path
+    """The folder of clip.mp4 and clip.txt, the caption, for each clip."""
+    run: Path
+    """Where the run keeps what it encodes, its snapshots, metrics.jsonl and what it learnt."""
+    width: int
+    """Pixels that clips are scaled to cover and cut to, in width; as of the first stage where there will be two."""
+    height: int
+    num_frames: int
+    """The first frames of each clip, 8k + 1 of them; shorter clips are left out."""
+    fps: float | None = None
+    """Frames a second to read clips at; without it, those of each clip."""
+    rank: int = 16
+    """Of the adapters."""
+    full: bool = False
+    """Train all weights instead of adapters; they must not be packed. Leaves transformer.safetensors."""
+    steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    learning_rate: float = 2e-4
+    caption_dropout: float = 0.1
+    """The share of captions left out, which keeps guidance working."""
+    precision: Annotated[str, tyro.conf.arg(metavar="DTYPE")] = "float32"
+    """What the trained weights are computed in, float32 or bfloat16; their masters are float32."""
+    save_every: int = 250
+    seed: int = 0
+    flow: FlowSettings = field(default_factory=FlowSettings)
+
+
+def finetune(options: Arguments) -> Path:
+    """Trains, and returns the file of what was learnt.
+
+    Raises ValueError (MediaError and CheckpointError are such), which says what to do, before anything is trained.
+    """
+    progress = TerminalProgress()
+    engine = Engine(options.checkpoint, progress=progress)
+    scale = engine.configs.video_vae.scale
+    VideoGrid(
+        num_frames=options.num_frames, height=options.height, width=options.width, fps=options.fps or 1.0, scale=scale
+    ).check()
+    if options.full and engine.manifest.quantized.get("transformer"):
+        raise ValueError(
+            f"the transformer of {options.checkpoint} is packed, and packed weights are not trained: leave out --full "
+            "for adapters beside them, or convert the official checkpoint without --quantize"
+        )
+    kept = options.run / "encoded"
+    size = {"width": options.width, "height": options.height, "num_frames": options.num_frames}
+    examples = encode_folder(engine, options.clips, kept, **size, fps=options.fps)
+    texts = contexts_of(engine, examples, kept)
+    engine.free()
+    batches = Examples(
+        examples, texts, engine.configs, batch_size=options.batch_size, caption_dropout=options.caption_dropout,
+        seed=options.seed,
+    )  # fmt: skip
+
+    names = engine.manifest.linears_below("model.diffusion_model.", "transformer")
+    cast = jnp.float32 if engine.dtype == jnp.float32 else None
+    transformer = load_component(options.checkpoint, engine.manifest, "transformer", dtype=cast)
+    if not options.full:
+        add_adapters(transformer, names, rank=options.rank, seed=options.seed)
+    schedule = Schedule(
+        num_steps=options.steps, learning_rate=options.learning_rate, warmup_steps=min(100, options.steps // 10),
+        accumulate=options.accumulate, precision=jnp.dtype(options.precision), save_every=options.save_every,
+        log_every=min(50, options.save_every), seed=options.seed,
+    )  # fmt: skip
+    trainer = Trainer(
+        DenoisingModel(transformer, remat=True), flow_loss(options.flow), schedule,
+        trainable=nnx.Param if options.full else adapters,
+    )  # fmt: skip
+    trainer.train(batches, options.run, progress=progress, name="all weights" if options.full else "adapters")
+
+    learnt = trainer.model().transformer
+    if options.full:
+        return write_transformer(options.run / "transformer.safetensors", learnt)
+    facts = {"base": options.checkpoint.name, "rank": str(options.rank), "steps": str(options.steps)}
+    write_adapters(options.run / "lora.safetensors", learnt, names, metadata=facts)
+    return options.run / "lora.safetensors"
+
+
+def write_transformer(path: Path, transformer: Any) -> Path:
+    """All weights by their published names."""
+    layers = [module_at(transformer, f"blocks.{i}") for i in range(count_layers(transformer.blocks))]
+    transformer.blocks = nnx.List(layers)
+    write_parts(path, {"transformer": transformer})
+    return path
+
+
+def main() -> None:
+    """The command line: exits with 2 and one line where something is not as it must be."""
+    options = tyro.cli(Arguments)
+    prepare()
+    try:
+        path = finetune(options)
+    except (ValueError, FloatingPointError) as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
