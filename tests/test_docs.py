@@ -1,4 +1,4 @@
-"""docs/modes.md: each of its commands, as it stands there, at the size that stands there."""
+"""docs/modes.md: each of its commands, as it stands there, at the size that stands there; and docs/training.md."""
 
 import json
 import os
@@ -10,8 +10,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import tyro
 from PIL import Image
 
+import finetune
 import generate
 from ltx_jax.media import describe
 
@@ -117,3 +119,18 @@ def test_every_mode_flag_is_on_the_page():
     names = {field.name for field in fields(Settings)} - plain
     missing = [n for n in names if not tuning.search(n) and f"--{n.replace('_', '-')}" not in PAGE]
     assert missing == []
+
+
+def test_the_commands_of_the_page_on_training_are_understood():
+    """Flags of both commands exist, and the settings it names are there."""
+    page = (ROOT / "docs/training.md").read_text()
+    lines = re.findall(r"^python (\w+)\.py ((?:[^\n]*\\\n)*[^\n]*)", page, re.MULTILINE)
+    assert [name for name, _ in lines] == ["finetune", "generate"]
+    words = [shlex.split(line.replace("\\\n", " ")) for _, line in lines]
+    options = tyro.cli(finetune.Arguments, args=words[0])
+    assert options.num_frames == 49
+    generate.parse_arguments(words[1])
+    for flag in re.findall(r"--flow\.([\w-]+)", page):
+        assert hasattr(options.flow, flag.replace("-", "_"))
+    for module in re.findall(r"`(training/\w+\.py)`", page):
+        assert (ROOT / "ltx_jax" / module).is_file()
