@@ -84,7 +84,7 @@ AUDIO_VAE: dict[str, Any] = {
     },
     "preprocessing": {
         "audio": {"sampling_rate": 16000, "max_wav_value": 32768.0, "stereo": True, "causal_padding": 3},
-        "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
+        "stft": {"filter_length": 1024, "hop_length": 320, "win_length": 1024, "causal": True},
         "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000},
     },
 }
@@ -99,8 +99,8 @@ VOCODER: dict[str, Any] = {
     "vocoder": {
         **_GENERATOR,
         "upsample_initial_channel": 128,
-        "upsample_rates": [5, 4, 4, 2],
-        "upsample_kernel_sizes": [11, 8, 8, 4],
+        "upsample_rates": [5, 4, 4, 4],
+        "upsample_kernel_sizes": [11, 8, 8, 8],
         "resblock_kernel_sizes": [3],
         "resblock_dilation_sizes": [[1, 3, 5]],
         "use_tanh_at_final": False,

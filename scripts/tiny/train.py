@@ -85,7 +85,7 @@ def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
 def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
     """The base generator, from spectrograms, half of which the audio autoencoder has seen before."""
     autoencoder = trained(folder, "audio-vae")
-    frames, hop = 64, CONFIGS.audio_vae.hop_length
+    frames, hop = 32, CONFIGS.audio_vae.hop_length
 
     @jax.jit
     def coded(mel: jax.Array) -> jax.Array:

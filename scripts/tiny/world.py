@@ -60,10 +60,11 @@ PARAPHRASES = (
     "we hear {sound} while a {size} {colour} {shape} {motion} on {background}",
 )
 
-# Roots in Hz, three semitones apart; the wide voicing keeps the partials two bins of a mel spectrogram apart.
-CHORDS = {"red": 196.0, "green": 233.1, "blue": 277.2, "yellow": 329.6, "white": 392.0, "purple": 466.2}
-PARTIALS = (1.0, 2 ** (7 / 12), 2 ** (16 / 12))  # root, fifth, and third an octave up
-LOWEST_HZ, OCTAVES = 250.0, 2.0  # of the tone, from the lower edge to the upper
+# Roots in Hz. All partials are multiples of 50 Hz: of a spectrogram that does not change a vocoder makes nothing but
+# multiples of its frame rate, as it does the same for every frame.
+CHORDS = {"red": 200.0, "green": 300.0, "blue": 400.0, "yellow": 500.0, "white": 600.0, "purple": 700.0}
+PARTIALS = (1.0, 3 / 2, 5 / 2)  # root, fifth, and third an octave up
+LOWEST_HZ, OCTAVES = 300.0, 2.0  # of the tone, from the lower edge to the upper
 
 MARGIN = 0.04  # that the picture's edges keep free, as a share of its shorter side
 _CLICK_SECONDS, _CLICK_DECAY, _CLICK_LEVEL = 0.05, 0.01, 0.7
