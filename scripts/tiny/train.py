@@ -43,6 +43,7 @@ from scripts.tiny import clips, release, words, world
 
 Stage = tuple[Trainer, Callable[[int], Any]]
 CONFIGS = release.configs()
+WEIGHTS = Path(__file__).parent / "weights"  # of finished stages
 
 
 def video_vae(folder: Path, seed: int, num_steps: int) -> Stage:
@@ -243,10 +244,16 @@ TOGETHER = ("transformer", "connectors")
 
 
 def trained(folder: Path, stage: str) -> Any:
-    """The model of a finished stage, as it is released. Raises FileNotFoundError where there is none."""
-    path = folder / f"{stage}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: run `python -m scripts.tiny.train {stage} {folder}` first")
+    """The model of a finished stage, of this run or else as it is kept here, in the precision that it is released in.
+
+    Raises FileNotFoundError where there is none.
+    """
+    path = next((place / f"{stage}.safetensors" for place in (folder, WEIGHTS)
+                 if (place / f"{stage}.safetensors").is_file()), None)  # fmt: skip
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} has no {stage}.safetensors: run `python -m scripts.tiny.train {stage} {folder}` first"
+        )
     component = COMPONENTS[stage]
     model = MODELS[component](CONFIGS.of(component), rngs=nnx.Rngs(0))
     read_official(path, component, model)
