@@ -14,7 +14,7 @@ from flax import nnx
 
 from convert.base import Wanted, check_configs, fill, refuse_packed
 from convert.files import ConvertError, Source, naming
-from convert.mapping import Plan, flatten, plan, source_name
+from convert.mapping import Plan, flatten, plan, rule_of
 from convert.tables import MAIN, SKIP, component_of, table_of
 from hlwq_jax import LazyTensor, Package, Recipe, StoredWeight, read_package
 from hlwq_jax.format import refuse_look_alikes
@@ -59,8 +59,7 @@ class Expected:
         prefix, table = MAIN[component]
         rules = list(flatten(table))
         for path, shape in self.shapes[component].items():
-            name = source_name(rules, path)
-            rule = next(rule for rule in rules if rule.match(name) == path)
+            name, rule = rule_of(rules, path)
             left, right = (side.split() for side in rule.pattern.split("->"))
             sizes = dict(zip(right, shape, strict=True))
             published = tuple(sizes[axis] for axis in left)

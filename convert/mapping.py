@@ -118,3 +118,12 @@ def source_name(rules: list[Rule], ours: str) -> str:
         if inverse is not None:
             return inverse
     return f"(no rule for) {ours}"
+
+
+def rule_of(rules: list[Rule], ours: str) -> tuple[str, Rule]:
+    """The published name of our parameter, and the rule that moves its axes. Raises ValueError where no rule does."""
+    name = source_name(rules, ours)
+    rule = next((rule for rule in rules if rule.match(name) == ours), None)
+    if rule is None:
+        raise ValueError(f"{ours} has no published name; models are published with their layers unstacked")
+    return name, rule

@@ -7,7 +7,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert.mapping import flatten, source_name
+from convert.mapping import Rule, flatten, rule_of
 from convert.tables import MAIN, table_of
 from ltx_jax.cache import written_whole
 from ltx_jax.config import UpscalerConfig
@@ -27,25 +27,33 @@ from ltx_jax.config import UpscalerConfig
 VERSION = "2.3.0"
 
 
+# The text encoder's names begin thus in its own file; that of the table has no prefix.
+_TEXT = "model."
+
+
+def _places(
+    component: str, model: nnx.Module, upscalers: Mapping[str, UpscalerConfig] | None = None
+) -> Iterator[tuple[str, Rule, nnx.Variable]]:
+    """Every parameter of a model with its whole published name and its rule. Raises ValueError as `rule_of` does."""
+    prefix, table = table_of(component, upscalers or {})
+    rules = list(flatten(table))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name, rule = rule_of(rules, ".".join(map(str, path)))
+        yield (_TEXT if component == "gemma" else prefix) + name, rule, variable
+
+
 def official_tensors(
     component: str, model: nnx.Module, *, upscalers: Mapping[str, UpscalerConfig] | None = None
 ) -> dict[str, np.ndarray]:
     """A model's parameters by their published names, axes as published, in bfloat16.
 
-    Raises ValueError for a parameter that has no published name, and for layers that are stacked.
+    Raises ValueError for a parameter that has no published name, such as that of stacked layers.
     """
-    prefix, table = table_of(component, upscalers or {})
-    rules = list(flatten(table))
     tensors = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        ours = ".".join(map(str, path))
-        name = source_name(rules, ours)
-        rule = next((rule for rule in rules if rule.match(name) == ours), None)
-        if rule is None:
-            raise ValueError(f"{ours} of {component} has no published name; models are published with unstacked layers")
+    for name, rule, variable in _places(component, model, upscalers):
         left, right = rule.pattern.split("->")
         moved = rearrange(np.asarray(variable.get_value()), f"{right} -> {left}")
-        tensors[prefix + name] = np.ascontiguousarray(moved).astype(ml_dtypes.bfloat16)
+        tensors[name] = np.ascontiguousarray(moved).astype(ml_dtypes.bfloat16)
     return tensors
 
 
@@ -62,10 +70,7 @@ def write_official(path: Path, models: Mapping[str, nnx.Module], metadata: Mappi
 
 def write_parts(path: Path, models: Mapping[str, nnx.Module]) -> None:
     """Some models by themselves, as `read_official` reads them. Raises ValueError as `write_official` does."""
-    tensors = {}
-    for component, model in models.items():
-        below = "model." if component == "gemma" else ""
-        tensors |= {below + name: x for name, x in official_tensors(component, model).items()}
+    tensors = {name: x for part, model in models.items() for name, x in official_tensors(part, model).items()}
     _write(path, tensors, {"format": "pt"})
 
 
@@ -100,25 +105,16 @@ def read_official(path: Path, component: str, model: nnx.Module) -> None:
     For training that goes on from there: values become float32, nothing is packed. Raises ValueError, listing them, for
     tensors that are missing or of another shape.
     """
-    prefix, table = ("model.", table_of(component, {})[1]) if component == "gemma" else table_of(component, {})
-    rules = list(flatten(table))
-    state = nnx.state(model)
-    odd, found = [], {}
+    odd, found = [], []
     with safe_open(path, "numpy") as file:
         names = set(file.keys())
-        for place, variable in nnx.to_flat_state(state):
-            ours = ".".join(map(str, place))
-            name = prefix + source_name(rules, ours)
-            rule = next(rule for rule in rules if rule.match(name.removeprefix(prefix)) == ours)
-            if name not in names:
-                odd.append(f"{name} (missing)")
-                continue
-            value = rearrange(file.get_tensor(name).astype(np.float32), rule.pattern)
-            if value.shape != variable.get_value().shape:
-                odd.append(f"{name} ({list(value.shape)} for {list(variable.get_value().shape)})")
-            found[place] = value
+        for name, rule, variable in _places(component, model):
+            value = rearrange(file.get_tensor(name).astype(np.float32), rule.pattern) if name in names else None
+            shape = variable.get_value().shape
+            if value is None or value.shape != shape:
+                odd.append(f"{name} ({'missing' if value is None else f'{list(value.shape)} for {list(shape)}'})")
+            found.append((variable, value))
     if odd:
         raise ValueError(f"{path} does not hold this {component}: {len(odd)} tensors differ, {', '.join(odd[:6])}")
-    for place, variable in nnx.to_flat_state(state):
-        variable.set_value(jnp.asarray(found[place]))
-    nnx.update(model, state)
+    for variable, value in found:
+        variable.set_value(jnp.asarray(value))

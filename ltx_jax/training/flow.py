@@ -44,8 +44,8 @@ class FlowBatch:
 class DenoisingModel(nnx.Module):
     """What is trained together: the transformer and, where captions come as `TextStates`, the connectors.
 
-    With `remat`, blocks are computed again for their gradients: of each no more than its input is kept, and packed
-    weights are unpacked one block at a time on the way back too.
+    With `remat`, blocks are computed again for their gradients, packed weights unpacked again: of each block no more
+    than its input is kept.
     """
 
     def __init__(self, transformer: Transformer, connectors: TextConnectors | None = None, *, remat: bool = False):

@@ -149,13 +149,12 @@ class Trainer:
         *,
         progress: Progress | None = None,
         name: str = "training",
-        watch: Callable[["Trainer"], Mapping[str, float]] | None = None,
     ) -> None:
         """Trains to the end of the schedule, from the newest snapshot in `folder` if there is one.
 
         `folder` gets `metrics.jsonl`, a line for every `log_every` steps with the means over them, and snapshots.
-        `watch(trainer)` gives further metrics whenever a snapshot is saved. Raises ValueError for snapshots of another
-        model, FloatingPointError when the loss is no longer finite: the last snapshot is from before that.
+        Raises ValueError for snapshots of another model, FloatingPointError when the loss is no longer finite: the last
+        snapshot is from before that.
         """
         schedule = self.schedule
         progress = progress or Silent()
@@ -182,7 +181,6 @@ class Trainer:
                         )
                     if saves:
                         snapshots.save(done, self.state)
-                        means |= watch(self) if watch else {}
                     log.write(done, means)
         snapshots.close()
 

@@ -1,6 +1,6 @@
 """The loss of a latent upscaler: latents of small clips to those of the same clips at their full size."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,9 @@ class LatentPairs(NamedTuple):
 
 def upscaler_loss(statistics: Statistics) -> Loss:
     """Mean absolute and squared error of normalised latents; `statistics` are those of the video autoencoder."""
-    mean, std = statistics.mean[...], statistics.std[...]
 
     def loss(model: LatentUpscaler, batch: LatentPairs, key: jax.Array) -> tuple[Array, Metrics]:
-        of_latents: Any = Statistics(len(mean))
-        of_latents.mean.set_value(mean)
-        of_latents.std.set_value(std)
-        difference = upscale(model, of_latents, batch.small) - batch.large
+        difference = upscale(model, statistics, batch.small) - batch.large
         error, squared = jnp.mean(jnp.abs(difference)), jnp.mean(jnp.square(difference))
         return error + squared, {"error": error, "squared": squared}
 

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from ltx_jax.mel import mel_spectrogram
 from scripts.tiny import release, world
 
+SAMPLE_RATE_HZ: int = release.AUDIO_VAE["model"]["params"]["sampling_rate"]
+
 
 def clip_of(index: int, *, seed: int, upright: bool) -> Float[np.ndarray, "frames height width 3"]:
     """A training clip of the first stage's size, as pixels in [-1, 1]; of one in three, so much of the second's.
@@ -18,21 +20,24 @@ def clip_of(index: int, *, seed: int, upright: bool) -> Float[np.ndarray, "frame
     """
     rng = np.random.default_rng([seed, index])
     scale = 2 if rng.random() < 1 / 3 else 1
-    size = (release.WIDTH, release.HEIGHT) if upright else (release.HEIGHT, release.WIDTH)
     toy = world.sample("train", seed, index)
-    clip = world.render(
-        toy, width=scale * size[1], height=scale * size[0], num_frames=release.NUM_FRAMES, fps=release.FPS
-    )
-    if scale > 1:
-        frame = clip[rng.integers(len(clip))].astype(int)
-        shown = np.abs(frame - frame[:, :1]).max(-1) > 12  # a row of the background has one colour
-        corner = []
-        for axis, length in ((1, size[0]), (0, size[1])):
-            places = np.flatnonzero(shown.any(axis))
-            centre = places.mean() if len(places) else length
-            corner.append(int(np.clip(centre + length * rng.uniform(-0.9, -0.1), 0, length)))
-        clip = clip[:, corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
-    return clip.astype(np.float32) / 127.5 - 1
+    width, height = size_of(upright=upright)
+    clip = pixels_of(toy, width=scale * width, height=scale * height)
+    if scale == 1:
+        return clip
+    frame = clip[rng.integers(len(clip))]
+    shown = np.abs(frame - frame[:, :1]).max(-1) > 0.1  # a row of the background has one colour
+    corner = []
+    for axis, length in ((1, height), (0, width)):
+        places = np.flatnonzero(shown.any(axis))
+        centre = places.mean() if len(places) else length
+        corner.append(int(np.clip(centre + length * rng.uniform(-0.9, -0.1), 0, length)))
+    return clip[:, corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+
+
+def size_of(*, upright: bool) -> tuple[int, int]:
+    """Width and height in the first stage."""
+    return (release.HEIGHT, release.WIDTH) if upright else (release.WIDTH, release.HEIGHT)
 
 
 def pixels_of(toy: world.Toy, *, width: int, height: int) -> Float[np.ndarray, "frames {height} {width} 3"]:
@@ -41,9 +46,9 @@ def pixels_of(toy: world.Toy, *, width: int, height: int) -> Float[np.ndarray, "
     return clip.astype(np.float32) / 127.5 - 1
 
 
-def sound_of(toy: world.Toy) -> Float[np.ndarray, "samples channels"]:
-    """The sound of a whole clip, at the audio autoencoder's sample rate."""
-    return world.sound(toy, seconds=release.SECONDS, sample_rate_hz=16000)
+def sound_of(toy: world.Toy, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Float[np.ndarray, "samples channels"]:
+    """The sound of a whole clip, by default at the audio autoencoder's sample rate."""
+    return world.sound(toy, seconds=release.SECONDS, sample_rate_hz=sample_rate_hz)
 
 
 @cache
@@ -59,10 +64,11 @@ def toy_of_every_sound(index: int, *, seed: int) -> world.Toy:
     return world.sample("train", seed, places[index // len(kinds) % len(places)])
 
 
-def sounds_of(indices: range, *, seed: int, sample_rate_hz: int = 16000) -> Float[np.ndarray, "clips samples channels"]:
+def sounds_of(
+    indices: range, *, seed: int, sample_rate_hz: int = SAMPLE_RATE_HZ
+) -> Float[np.ndarray, "clips samples channels"]:
     """The sounds of whole clips."""
-    toys = [toy_of_every_sound(index, seed=seed) for index in indices]
-    return np.stack([world.sound(toy, seconds=release.SECONDS, sample_rate_hz=sample_rate_hz) for toy in toys])
+    return np.stack([sound_of(toy_of_every_sound(index, seed=seed), sample_rate_hz) for index in indices])
 
 
 @partial(jax.jit, static_argnames="config")

@@ -7,6 +7,7 @@ twice that in the second. A latent stands for 16 x 16 pixels of eight frames: ha
 from typing import Any
 
 from ltx_jax.checkpoint import Configs
+from ltx_jax.presets import LTX_2_3
 
 FPS = 16.0
 NUM_FRAMES = 33
@@ -148,46 +149,10 @@ GEMMA: dict[str, Any] = {
 }
 
 TRANSFORMER: dict[str, Any] = {
-    "_class_name": "AVTransformer3DModel",
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "attention_type": "default",
-    "double_self_attention": False,
-    "dropout": 0.0,
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-06,
-    "num_vector_embeds": None,
-    "only_cross_attention": False,
-    "cross_attention_norm": True,
-    "upcast_attention": False,
-    "use_linear_projection": False,
-    "qk_norm": "rms_norm",
-    "standardization_norm": "rms_norm",
-    "positional_embedding_type": "rope",
-    "positional_embedding_theta": 10000.0,
+    **LTX_2_3["transformer"],
     "positional_embedding_max_pos": [4, 512, 512],  # clips are short and small
-    "timestep_scale_multiplier": 1000,
-    "av_ca_timestep_scale_multiplier": 1000.0,
-    "causal_temporal_positioning": True,
-    "use_audio_video_cross_attention": True,
-    "share_ff": False,
     "audio_positional_embedding_max_pos": [4],
-    "av_cross_ada_norm": True,
-    "use_embeddings_connector": True,
     "connector_positional_embedding_max_pos": [128],
-    "connector_norm_output": True,
-    "use_middle_indices_grid": True,
-    "apply_gated_attention": True,
-    "connector_apply_gated_attention": True,
-    "caption_projection_first_linear": False,
-    "caption_projection_second_linear": False,
-    "caption_proj_input_norm": False,
-    "connector_learnable_registers_std": 1,
-    "caption_proj_before_connector": True,
-    "cross_attention_adaln": True,
-    "text_encoder_norm_type": "per_token_rms",
-    "rope_type": "split",
-    "frequencies_precision": "float64",
     "num_layers": 5,
     "num_attention_heads": 6,
     "attention_head_dim": 32,
@@ -200,11 +165,11 @@ TRANSFORMER: dict[str, Any] = {
     "audio_attention_head_dim": 16,
     "audio_out_channels": 32,
     "audio_cross_attention_dim": 96,
+    "connector_num_layers": 1,
     "connector_num_attention_heads": 6,
     "connector_attention_head_dim": 32,
     "audio_connector_num_attention_heads": 6,
     "audio_connector_attention_head_dim": 16,
-    "connector_num_layers": 1,
     "connector_num_learnable_registers": TEXT_LENGTH,
 }
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from convert.official import read_official, write_parts
 from ltx_jax.checkpoint import MODELS
-from ltx_jax.geometry import audio_latent_length
+from ltx_jax.geometry import audio_latent_length, patchify_audio
 from ltx_jax.latents import Latents, save_latents
 from ltx_jax.models.audio_vae import AudioVAE
 from ltx_jax.models.connector import TextConnectors
@@ -25,11 +25,13 @@ from ltx_jax.models.transformer import Transformer
 from ltx_jax.models.video_vae import VideoVAE
 from ltx_jax.models.vocoder import Vocoder
 from ltx_jax.progress import TerminalProgress
+from ltx_jax.stages import encode_mel, encode_pixels
 from ltx_jax.text import load_tokenizer, text_hidden_states, tokenize
 from ltx_jax.training.autoencoders import (
     audio_vae_loss,
     bandwidth_loss,
     learnt,
+    measured_statistics,
     set_filters,
     start_smoothly,
     video_vae_loss,
@@ -46,28 +48,29 @@ CONFIGS = release.configs()
 WEIGHTS = Path(__file__).parent / "weights"  # of finished stages
 
 
+def _muon(num_steps: int, seed: int, *, learning_rate: float = 1e-2) -> Schedule:
+    return Schedule(
+        num_steps=num_steps, learning_rate=learning_rate, optimizer="muon", warmup_steps=50, seed=seed,
+        average_decay=0.998,
+    )  # fmt: skip
+
+
+def _clips(step: int, seed: int) -> np.ndarray:
+    """Four whole clips, upright ones every third step."""
+    return np.stack([clips.clip_of(4 * step + i, seed=seed, upright=step % 3 == 2) for i in range(4)])
+
+
 def video_vae(folder: Path, seed: int, num_steps: int) -> Stage:
-    """Whole clips, upright ones every third step."""
-
-    def batches(step: int) -> np.ndarray:
-        return np.stack([clips.clip_of(4 * step + i, seed=seed, upright=step % 3 == 2) for i in range(4)])
-
     model = VideoVAE(CONFIGS.video_vae, rngs=nnx.Rngs(seed))
     start_smoothly(model)
-    schedule = Schedule(
-        num_steps=num_steps, learning_rate=1e-2, optimizer="muon", warmup_steps=50, seed=seed, average_decay=0.998
-    )
-    return Trainer(model, video_vae_loss, schedule), batches
+    return Trainer(model, video_vae_loss, _muon(num_steps, seed)), lambda step: _clips(step, seed)
 
 
 def video_vae_sharp(folder: Path, seed: int, num_steps: int) -> Stage:
-    """The same on, where edges count."""
-    _, batches = video_vae(folder, seed, 1)
-    schedule = Schedule(
-        num_steps=num_steps, learning_rate=6e-3, optimizer="muon", warmup_steps=50, seed=seed + 1, average_decay=0.998
-    )
-    loss = partial(video_vae_loss, edge_weight=0.5)
-    return Trainer(trained(folder, "video-vae"), loss, schedule), lambda step: batches(step + STAGES["video-vae"][1])
+    """The same on, with other clips, where edges count."""
+    loss, before = partial(video_vae_loss, edge_weight=0.5), STAGES["video-vae"][1]
+    schedule = _muon(num_steps, seed + 1, learning_rate=6e-3)
+    return Trainer(trained(folder, "video-vae"), loss, schedule), lambda step: _clips(step + before, seed)
 
 
 def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
@@ -77,10 +80,7 @@ def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
     model: Any = AudioVAE(CONFIGS.audio_vae, rngs=nnx.Rngs(seed))
     # Logarithms of silence are far from zero, and a bias learns slowly.
     model.decoder.conv_out.bias.set_value(jnp.full(2, jnp.mean(batches(0))))
-    schedule = Schedule(
-        num_steps=num_steps, learning_rate=1e-2, optimizer="muon", warmup_steps=50, seed=seed, average_decay=0.998
-    )
-    return Trainer(model, audio_vae_loss, schedule), batches
+    return Trainer(model, audio_vae_loss, _muon(num_steps, seed)), batches
 
 
 def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
@@ -109,10 +109,7 @@ def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
     set_filters(model)
     # Logarithms of magnitudes are large, and make a loud noise of the first weights.
     model.base.conv_post.kernel.set_value(0.01 * model.base.conv_post.kernel[...])
-    schedule = Schedule(
-        num_steps=num_steps, learning_rate=1e-2, optimizer="muon", warmup_steps=50, seed=seed, average_decay=0.998
-    )
-    return Trainer(model, vocoder_loss, schedule, trainable=learnt("base")), batches
+    return Trainer(model, vocoder_loss, _muon(num_steps, seed), trainable=learnt("base")), batches
 
 
 def bandwidth(folder: Path, seed: int, num_steps: int) -> Stage:
@@ -148,49 +145,58 @@ def language(folder: Path, seed: int, num_steps: int) -> Stage:
 
 NUM_CLIPS = 6000  # with latents kept, one of four upright
 CLIPS_AT_ONCE = 8
+STATISTICS_CLIPS = 240  # that statistics of latents are measured over
 
 
 def encoded_world(folder: Path, seed: int) -> list[Example]:
     """Training clips of the world as latents, encoded once and kept in `folder/latents`."""
-    found = []
-    missing = [i for i in range(NUM_CLIPS) if not _latents_file(folder, i).is_file()]
-    if missing:
-        (folder / "latents").mkdir(parents=True, exist_ok=True)
+    files = [folder / "latents" / f"{index:05d}.safetensors" for index in range(NUM_CLIPS)]
+    toys = [world.sample("train", seed + 1, index) for index in range(NUM_CLIPS)]
+    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    groups = [[index for index in missing if _is_upright(index) == upright] for upright in (False, True)]
+    parts = [group[i : i + CLIPS_AT_ONCE] for group in groups for i in range(0, len(group), CLIPS_AT_ONCE)]
+    if parts:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
         vae, audio_vae = trained(folder, "video-vae-sharp"), trained(folder, "audio-vae")
-        encode = jax.jit(lambda vae, pixels: vae.encode(pixels)), jax.jit(lambda vae, mel: vae.encode(mel))
-        with TerminalProgress().stage("encode clips", len(missing)) as advance:
-            for kind in (0, 1):
-                of_kind = [i for i in missing if _is_upright(i) == bool(kind)]
-                for start in range(0, len(of_kind), CLIPS_AT_ONCE):
-                    indices = of_kind[start : start + CLIPS_AT_ONCE]
-                    toys = [world.sample("train", seed + 1, i) for i in indices]
-                    size = (release.HEIGHT, release.WIDTH) if kind else (release.WIDTH, release.HEIGHT)
-                    pixels = np.stack([clips.pixels_of(toy, width=size[0], height=size[1]) for toy in toys])
-                    sounds = np.stack([clips.sound_of(toy) for toy in toys])
-                    video = encode[0](vae, pixels)
-                    length = audio_latent_length(release.NUM_FRAMES, release.FPS, CONFIGS.audio_vae)
-                    audio = encode[1](audio_vae, clips.mel_of(sounds, CONFIGS.audio_vae))[:, :length]
-                    for i, index in enumerate(indices):
-                        latents = Latents(video=video[i : i + 1], audio=audio[i : i + 1])
-                        save_latents(_latents_file(folder, index), latents, fps=release.FPS)
-                        advance()
-    for i in range(NUM_CLIPS):
-        caption = world.sample("train", seed + 1, i).paraphrase
-        found.append(read_example(_latents_file(folder, i), CONFIGS, caption))
-    return found
+        length = audio_latent_length(release.NUM_FRAMES, release.FPS, CONFIGS.audio_vae)
+        with TerminalProgress().stage("encode clips", len(parts)) as advance:
+            for part in parts:
+                width, height = clips.size_of(upright=_is_upright(part[0]))
+                pixels = np.stack([clips.pixels_of(toys[i], width=width, height=height) for i in part])
+                sounds = np.stack([clips.sound_of(toys[i]) for i in part])
+                video = encode_pixels(vae, pixels)
+                audio = encode_mel(audio_vae, clips.mel_of(sounds, CONFIGS.audio_vae))[:, :length]
+                for row, index in enumerate(part):
+                    latents = Latents(video=video[row : row + 1], audio=audio[row : row + 1])
+                    save_latents(files[index], latents, fps=release.FPS)
+                advance()
+    return [read_example(file, CONFIGS, toy.paraphrase) for file, toy in zip(files, toys, strict=True)]
 
 
 def _is_upright(index: int) -> bool:
     return index % 4 == 3
 
 
-def _latents_file(folder: Path, index: int) -> Path:
-    return folder / "latents" / f"{index:05d}.safetensors"
+def set_statistics(model: VideoVAE | AudioVAE, seed: int) -> None:
+    """Gives a trained autoencoder the mean and deviation of its latents over training clips, in place."""
+    if isinstance(model, VideoVAE):
+        pixels = ([clips.pixels_of(world.sample("train", seed, i), width=release.WIDTH, height=release.HEIGHT)]
+                  for i in range(STATISTICS_CLIPS))  # fmt: skip
+        encode = jax.jit(lambda encoder, x: encoder(x))
+        latents = (np.asarray(encode(model.encoder, np.stack(clip))) for clip in pixels)
+    else:
+        encode = jax.jit(lambda encoder, x: patchify_audio(encoder(x)))
+        sounds = (clips.sounds_of(range(i, i + 1), seed=seed) for i in range(STATISTICS_CLIPS))
+        latents = (np.asarray(encode(model.encoder, clips.mel_of(sound, CONFIGS.audio_vae))) for sound in sounds)
+    mean, std = measured_statistics(latents)
+    model.statistics.mean.set_value(jnp.asarray(mean, jnp.float32))
+    model.statistics.std.set_value(jnp.asarray(std, jnp.float32))
 
 
 def read_captions(folder: Path, captions: Iterable[str]) -> dict[str, StatesRow]:
     """What the trained text encoder makes of captions, and of no text."""
     gemma = trained(folder, "language")
+    words.write_tokenizer(folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
     texts = sorted({"", *captions})
     rows = {}
@@ -274,6 +280,8 @@ def main(
     trainer, batches = make(folder, seed, steps or num_steps)
     trainer.train(batches, folder / stage, progress=TerminalProgress(), name=stage)
     model = trainer.model()
+    if isinstance(model, VideoVAE | AudioVAE):
+        set_statistics(model, seed)
     parts = {part: getattr(model, part) for part in TOGETHER} if stage == "transformer" else {COMPONENTS[stage]: model}
     write_parts(folder / f"{stage}.safetensors", parts)
 
