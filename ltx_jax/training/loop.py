@@ -136,12 +136,6 @@ class Trainer:
         params = self.state.average if averaged else self.state.params
         return nnx.merge(self.graphdef, params, self.frozen, copy=True)
 
-    def restore(self, folder: Path) -> None:
-        """Goes to the newest snapshot below `folder`, if there is one. Raises ValueError for one of another model."""
-        snapshots = Snapshots(folder / "snapshots")
-        self.state = snapshots.newest(self.state)
-        snapshots.close()
-
     def train(
         self,
         batches: Callable[[int], Any],
