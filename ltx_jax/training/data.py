@@ -34,7 +34,6 @@ from ltx_jax.models.connector import Contexts
 from ltx_jax.training.flow import FlowBatch, TextStates
 from ltx_jax.video import read_video
 
-
 # The text encoder's states of one caption are 0.4 GB in LTX-2.3, and wait for the connectors to be read.
 _CAPTIONS_AT_ONCE = 8
 
