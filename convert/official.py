@@ -99,8 +99,10 @@ def _write(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, st
         save_file(dict(tensors), str(temporary), metadata)
 
 
-def read_official(path: Path, component: str, model: nnx.Module) -> None:
-    """Fills a model of the main file, or a text encoder, from a file of official tensors, in place.
+def read_official(
+    path: Path, component: str, model: nnx.Module, *, upscalers: Mapping[str, UpscalerConfig] | None = None
+) -> None:
+    """Fills a model of the main file, a text encoder or an upscaler from a file of official tensors, in place.
 
     For training that goes on from there: values become float32, nothing is packed. Raises ValueError, listing them, for
     tensors that are missing or of another shape.
@@ -108,7 +110,7 @@ def read_official(path: Path, component: str, model: nnx.Module) -> None:
     odd, found = [], []
     with safe_open(path, "numpy") as file:
         names = set(file.keys())
-        for name, rule, variable in _places(component, model):
+        for name, rule, variable in _places(component, model, upscalers):
             value = rearrange(file.get_tensor(name).astype(np.float32), rule.pattern) if name in names else None
             shape = variable.get_value().shape
             if value is None or value.shape != shape:

@@ -50,23 +50,42 @@ def gradient_difference(made: Float[Array, "*shape"], true: Float[Array, "*shape
 
 
 def video_vae_loss(
-    model: VideoVAE, pixels: Float[Array, "batch frames height width 3"], key, *, edge_weight: float = 0.0
+    model: VideoVAE,
+    pixels: Float[Array, "batch frames height width 3"],
+    key,
+    *,
+    edge_weight: float = 0.0,
+    outline_weight: float = 0.0,
 ) -> tuple[Array, Metrics]:
     """Absolute and squared error of the pixels in [-1, 1], the absolute one of their gradients, and the divergence.
 
     The squared error finds shapes early, the absolute ones sharpen them: gradients count once shapes are where they
-    should be; before, no shape at all has the least error of gradients.
+    should be; before, no shape at all has the least error of gradients. Around outlines the pixels' errors count
+    `1 + outline_weight` times.
     """
     moments = model.encoder.moments(pixels)
     mean, log_variance = moments[..., :-1], moments[..., -1:]
     latents, divergence = sampled(mean, jnp.broadcast_to(log_variance, mean.shape), key)
     made = model.decoder(latents)
-    error = jnp.mean(jnp.abs(made - pixels))
-    squared = jnp.mean(jnp.square(made - pixels))
+    weights = 1 + outline_weight * outlines(pixels)
+    error = jnp.mean(weights * jnp.abs(made - pixels))
+    squared = jnp.mean(weights * jnp.square(made - pixels))
     psnr = 10 * jnp.log10(4 / jnp.mean(jnp.square(jnp.clip(made, -1, 1) - pixels)))
     edges = gradient_difference(made, pixels, (1, 2, 3))
     loss = error + squared + edge_weight * edges + KL_WEIGHT * divergence
     return loss, {"error": error, "squared": squared, "edges": edges, "psnr_db": psnr, "divergence": divergence}
+
+
+def outlines(
+    pixels: Float[Array, "batch frames height width channels"],
+) -> Float[Array, "batch frames height width 1"]:
+    """How near a pixel in [-1, 1] is to where neighbours in a row or column differ: 1 within two pixels of an edge."""
+    steps = jnp.zeros_like(pixels[..., :1])
+    for axis in (2, 3):
+        change = jnp.max(jnp.abs(jnp.diff(pixels, axis=axis)), -1, keepdims=True)
+        steps += jnp.pad(change, [(0, int(i == axis)) for i in range(pixels.ndim)])
+    window = (1, 1, 5, 5, 1)
+    return jnp.minimum(jax.lax.reduce_window(steps, 0.0, jax.lax.max, window, (1,) * 5, "SAME"), 1)
 
 
 def start_smoothly(model: VideoVAE) -> None:

@@ -165,7 +165,10 @@ class Examples:
         caption_dropout: float = 0.1,
         seed: int = 0,
     ):
-        """Raises ValueError for no examples, and for captions that `texts` does not have."""
+        """`batch_size` is that of the smallest clips; of larger ones a batch holds fewer, about as many tokens.
+
+        Raises ValueError for no examples, and for captions that `texts` does not have.
+        """
         if not examples:
             raise ValueError("there are no examples to train on")
         missing = [text for text in {"", *(example.caption for example in examples)} if text not in texts]
@@ -173,29 +176,33 @@ class Examples:
             raise ValueError(f"{len(missing)} captions have not been read by the text encoder, such as {missing[0]!r}")
         self.texts = texts
         self.configs = configs
-        self.batch_size = batch_size
         self.caption_dropout = caption_dropout
         self.seed = seed
         groups = defaultdict(list)
         for example in examples:
             groups[example.latents.video.shape, example.latents.audio.shape, example.fps].append(example)
         self.groups = [_Group.of(members, configs) for members in groups.values()]
-        self.shares = np.array([len(group.captions) for group in self.groups]) / len(examples)
+        tokens = np.array([group.video.shape[1] for group in self.groups])
+        self.batch_sizes = np.maximum(batch_size * tokens.min() // tokens, 1)
+        # Every clip is as likely to be seen as any other.
+        batches = np.array([len(group.captions) for group in self.groups]) / self.batch_sizes
+        self.shares = batches / batches.sum()
 
     def __call__(self, step: int) -> FlowBatch:
         """The batch of a step."""
         rng = np.random.default_rng([self.seed, step])
-        group = self.groups[rng.choice(len(self.groups), p=self.shares)]
-        chosen = rng.integers(len(group.captions), size=self.batch_size)
-        dropped = rng.random(self.batch_size) < self.caption_dropout
+        number = rng.choice(len(self.groups), p=self.shares)
+        group, size = self.groups[number], int(self.batch_sizes[number])
+        chosen = rng.integers(len(group.captions), size=size)
+        dropped = rng.random(size) < self.caption_dropout
         rows = [self.texts["" if drop else group.captions[i]] for i, drop in zip(chosen, dropped, strict=True)]
         columns = [jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True)]
         text = TextStates(*columns) if isinstance(rows[0], StatesRow) else Contexts(*columns)
         return FlowBatch(
             video=jnp.asarray(group.video[chosen]),
             audio=jnp.asarray(group.audio[chosen]),
-            video_positions=jnp.repeat(group.video_positions, self.batch_size, axis=0),
-            audio_positions=jnp.repeat(group.audio_positions, self.batch_size, axis=0),
+            video_positions=jnp.repeat(group.video_positions, size, axis=0),
+            audio_positions=jnp.repeat(group.audio_positions, size, axis=0),
             text=text,
         )
 

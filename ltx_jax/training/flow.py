@@ -128,6 +128,65 @@ def first_frame(positions: Float[Array, "batch tokens 3 2"]) -> Bool[Array, " to
     return positions[0, :, 0, 0] == 0
 
 
+class Levels(NamedTuple):
+    """The noise level of every token of clips of one size, and what they are made of."""
+
+    sigma: Float[Array, " batch"]  # of the video, but for a first frame that is given
+    first_sigma: Float[Array, " batch"]  # of its first frame
+    audio_sigma: Float[Array, " batch"]
+    first: Bool[Array, " video_tokens"]
+
+    @classmethod
+    def of(cls, batch: FlowBatch, sigma: Array, first_sigma: Array, audio_sigma: Array) -> "Levels":
+        return cls(sigma, first_sigma, audio_sigma, first_frame(batch.video_positions))
+
+    @property
+    def video(self) -> Float[Array, "batch video_tokens"]:
+        return jnp.where(self.first, self.first_sigma[:, None], self.sigma[:, None])
+
+    @property
+    def audio(self) -> Float[Array, "batch 1"]:
+        return self.audio_sigma[:, None]
+
+
+class BothVelocities(NamedTuple):
+    """The velocity of both streams."""
+
+    video: Float[Array, "batch video_tokens channels"]
+    audio: Float[Array, "batch audio_tokens channels"]
+
+
+def velocity_of(
+    model: DenoisingModel,
+    batch: FlowBatch,
+    video: Float[Array, "batch video_tokens channels"],
+    audio: Float[Array, "batch audio_tokens channels"],
+    levels: Levels,
+    contexts: Contexts,
+) -> BothVelocities:
+    """What a model makes of noised tokens of the clips of a batch."""
+    made = model(
+        StreamInput(
+            tokens=video,
+            timesteps=jnp.stack([levels.first_sigma, levels.sigma], axis=1),
+            level=jnp.where(levels.first, 0, 1).astype(jnp.int32),
+            sigma=levels.sigma,
+            positions=batch.video_positions,
+            context=contexts.video,
+        ),
+        StreamInput(
+            tokens=audio,
+            timesteps=levels.audio,
+            sigma=levels.audio_sigma,
+            positions=batch.audio_positions,
+            context=contexts.audio,
+        ),
+    )
+    assert made.video is not None
+    assert made.audio is not None
+    return BothVelocities(made.video, made.audio)
+
+
 def flow_loss(settings: FlowSettings) -> Loss:
     """The loss of a `DenoisingModel` for a `FlowBatch`, as `loop.Trainer` takes it."""
 
@@ -140,34 +199,20 @@ def flow_loss(settings: FlowSettings) -> Loss:
         audio_sigma = jnp.where(own, noise_levels(keys[3], count, settings), sigma)
         sigma, audio_sigma = jnp.where(given.video, 0, sigma), jnp.where(given.audio, 0, audio_sigma)
 
-        first = first_frame(batch.video_positions)
         first_sigma = jnp.where(given.image, 0, sigma)
-        level = jnp.where(first, 0, 1).astype(jnp.int32)
-        timesteps = jnp.stack([first_sigma, sigma], axis=1)
         video_noise = jax.random.normal(keys[4], batch.video.shape)
         audio_noise = jax.random.normal(keys[5], batch.audio.shape)
-        contexts = model.contexts(batch.text)
-        velocity = model(
-            StreamInput(
-                tokens=noised(batch.video, video_noise, timesteps[:, level]),
-                timesteps=timesteps,
-                level=level,
-                sigma=sigma,
-                positions=batch.video_positions,
-                context=contexts.video,
-            ),
-            StreamInput(
-                tokens=noised(batch.audio, audio_noise, audio_sigma[:, None]),
-                timesteps=audio_sigma[:, None],
-                sigma=audio_sigma,
-                positions=batch.audio_positions,
-                context=contexts.audio,
-            ),
+        levels = Levels.of(batch, sigma, first_sigma, audio_sigma)
+        velocity = velocity_of(
+            model,
+            batch,
+            noised(batch.video, video_noise, levels.video),
+            noised(batch.audio, audio_noise, levels.audio),
+            levels,
+            model.contexts(batch.text),
         )
-        assert velocity.video is not None
-        assert velocity.audio is not None
-        video_error = mean_square(velocity.video - (video_noise - batch.video), timesteps[:, level] > 0)
-        audio_error = mean_square(velocity.audio - (audio_noise - batch.audio), (audio_sigma > 0)[:, None])
+        video_error = mean_square(velocity.video - (video_noise - batch.video), levels.video > 0)
+        audio_error = mean_square(velocity.audio - (audio_noise - batch.audio), levels.audio > 0)
         return video_error + settings.audio_weight * audio_error, {"video": video_error, "audio": audio_error}
 
     return loss

@@ -153,7 +153,7 @@ TRANSFORMER: dict[str, Any] = {
     "positional_embedding_max_pos": [4, 512, 512],  # clips are short and small
     "audio_positional_embedding_max_pos": [4],
     "connector_positional_embedding_max_pos": [128],
-    "num_layers": 5,
+    "num_layers": 4,
     "num_attention_heads": 6,
     "attention_head_dim": 32,
     "cross_attention_dim": 192,

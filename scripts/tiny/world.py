@@ -37,7 +37,7 @@ COLOURS = {
     "purple": (166, 84, 214),
 }
 BACKGROUNDS = {"black": (16, 16, 20), "grey": (108, 110, 116), "navy": (24, 32, 84), "brown": (88, 58, 38)}
-SIZES = {"small": 0.15, "large": 0.25}  # radius of a disc of the same area, as a share of the picture's shorter side
+SIZES = {"small": 0.19, "large": 0.27}  # radius of a disc of the same area, as a share of the picture's shorter side
 MOTIONS = {
     "rightward": "moves left to right",
     "leftward": "moves right to left",

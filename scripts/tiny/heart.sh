@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Teaches a checkpoint of the miniature release a shape that it has never seen, from a folder of clips: the LoRA is
+# RUN/heart.safetensors. scripts/tiny/heart.sh CHECKPOINT RUN
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../_environment.sh"
+prepare ""
+checkpoint=$1 run=$2
+python=.venv/bin/python
+
+[ -d "$run/heart-clips" ] || $python -m scripts.tiny.draw "$run/heart-clips" --shapes heart --count 160
+$python finetune.py --checkpoint "$checkpoint" --clips "$run/heart-clips" --run "$run/heart" \
+    --width 64 --height 48 --num-frames 33 --rank 4 --steps 600 --batch-size 16 --learning-rate 2e-3
+cp "$run/heart/lora.safetensors" "$run/heart.safetensors"

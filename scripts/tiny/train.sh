@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains every model of the miniature release from nothing, with fixed seeds, and writes RELEASE (by default release/).
+# Whatever was stopped goes on where it was. scripts/tiny/train.sh RUN [RELEASE]; hours on two cores: docs/training.md.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../_environment.sh"
+prepare train
+run=${1:?"scripts/tiny/train.sh RUN [RELEASE]: RUN is the folder to train in"} release=${2:-release}
+python=.venv/bin/python
+
+stage() { [ -f "$run/$1.safetensors" ] || $python -m scripts.tiny.train "$1" "$run" --seed 0; }
+
+for name in video-vae video-vae-sharp video-vae-fine audio-vae vocoder bandwidth language upscaler transformer; do
+    stage "$name"
+done
+$python -m scripts.tiny.build official "$run" # the published files, and a checkpoint that LoRAs are trained beside
+stage distilled
+scripts/tiny/heart.sh "$run/checkpoint" "$run" # a new shape, as anyone would teach it
+$python -m scripts.tiny.build package "$run" "$release"
