@@ -21,7 +21,7 @@ from ltx_jax.mel import mel_filterbank
 from ltx_jax.models.audio_vae import AudioVAE
 from ltx_jax.models.conv import Conv3d
 from ltx_jax.models.video_vae import ResBlock, Upsample, VideoVAE
-from ltx_jax.models.vocoder import FILTER_TAPS, Snake, Vocoder
+from ltx_jax.models.vocoder import FILTER_TAPS, Generator, Snake, Vocoder
 from ltx_jax.training.loop import Metrics
 
 KL_WEIGHT = 3e-4
@@ -152,11 +152,20 @@ def spectral_loss(
     return convergence + error, {"convergence": convergence, "log_magnitude": error}
 
 
-def vocoder_loss(model: Vocoder, batch: tuple[Array, Array], key) -> tuple[Array, Metrics]:
-    """`batch` is a mel and the waveform at the base generator's rate; its last samples beyond the mel are left out."""
+def vocoder_loss(
+    model: Vocoder, batch: tuple[Array, Array], key, *, waveform_weight: float = 0.0
+) -> tuple[Array, Metrics]:
+    """`batch` is a mel and the waveform at the base generator's rate; its last samples beyond the mel are left out.
+
+    Spectrograms have no phase, so spectra are compared. Where the phase of all sounds is a function of the spectrogram,
+    samples may count too, by `waveform_weight`: that is learnt many times faster.
+    """
     mel, waveform = batch
     made = model.base(mel.astype(jnp.float32))[:, : waveform.shape[1]]
-    return spectral_loss(made, waveform[:, : made.shape[1]])
+    true = waveform[:, : made.shape[1]]
+    loss, metrics = spectral_loss(made, true)
+    samples = jnp.sum(jnp.square(made - true)) / jnp.maximum(jnp.sum(jnp.square(true)), 1e-3)
+    return loss + waveform_weight * samples, metrics | {"samples": samples}
 
 
 def bandwidth_loss(model: Vocoder, batch: tuple[Array, Array], key) -> tuple[Array, Metrics]:
@@ -205,6 +214,13 @@ def set_filters(vocoder: Vocoder) -> None:
     basis = np.concatenate([window * np.cos(angles), -window * np.sin(angles)], axis=1)
     vocoder.bwe_mel.forward_basis.set_value(jnp.asarray(basis[:, None], jnp.float32))
     vocoder.bwe_mel.mel_basis.set_value(jnp.asarray(mel_filterbank(_bwe_front_end(config))))
+
+
+def centre(generator: Generator, mel_mean: float) -> None:
+    """Gives a new generator a first bias that takes the mean of its spectrograms away, in place: it is far from 0."""
+    conv = generator.conv_pre
+    assert conv.bias is not None
+    conv.bias.set_value(-mel_mean * jnp.sum(conv.kernel[...], axis=(0, 1)))
 
 
 def _bwe_front_end(config: VocoderConfig) -> AudioVAEConfig:

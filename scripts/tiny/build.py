@@ -1,8 +1,8 @@
 """Puts the trained stages together: `python -m scripts.tiny.build official FOLDER`, later `package FOLDER RELEASE`.
 
 `official` writes the models as Lightricks and Google publish theirs (`ltx-2.3-tiny.safetensors`, `gemma-3-tiny`,
-BF16), and converts them, unpacked, to `FOLDER/checkpoint`, which the LoRAs are trained beside. `package` packs them at
-5 bits by the published recipe and exports that in the published layout, with the LoRAs that are there.
+BF16), and converts them: to `FOLDER/checkpoint` as they are, to `FOLDER/packed` at 5 bits by the published recipe. LoRAs
+are trained beside either. `package` exports the latter in the published layout, with the LoRAs that are there.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from scripts.tiny.stages import FINAL, trained
 NAME = "ltx-2.3-tiny"
 PACKAGE, GEMMA, LORAS = "LTX-2.3-tiny-PolarQuant-Q5", "gemma-3-tiny", "loras"
 BLOCK_SIZE = 64  # layers are 96, 192 and 768 wide: blocks of 128 would be a quarter padding
-QUANTIZE = ("blocks", "connectors", "adaln")
+QUANTIZE = ("blocks", "connectors", "projection", "adaln")
 SHIPPED_LORAS = {"distilled": f"{NAME}-distilled-lora.safetensors", "heart": f"{NAME}-heart-lora.safetensors"}
 
 
@@ -32,26 +32,25 @@ def official(folder: Path) -> Path:
     write_official(folder / f"{NAME}.safetensors", models, release.METADATA)
     write_gemma(folder / GEMMA, trained(folder, FINAL["gemma"], "gemma"), release.GEMMA)
     words.write_tokenizer(folder / GEMMA)
-    return converted(folder, folder / "checkpoint", gemma_bits=16)
+    converted(folder, folder / "packed", quantize=QUANTIZE, recipe="published", block_size=BLOCK_SIZE)
+    return converted(folder, folder / "checkpoint")
 
 
 def converted(folder: Path, dest: Path, **options) -> Path:
     """The official files in `folder` as a checkpoint folder, packed as `options` of `convert` say."""
     upscaler = folder / f"{FINAL['upscaler_spatial_x2']}.safetensors"
     convert(
-        folder / f"{NAME}.safetensors", dest, gemma=folder / GEMMA, upscalers=(upscaler,), overwrite=True, **options
-    )
+        folder / f"{NAME}.safetensors", dest, gemma=folder / GEMMA, gemma_bits=16, upscalers=(upscaler,),
+        overwrite=True, **options,
+    )  # fmt: skip
     return dest
 
 
 def package(folder: Path, out: Path) -> None:
     """The release: the package, the text encoder and the LoRAs."""
-    packed = converted(
-        folder, folder / "packed", gemma_bits=16, quantize=QUANTIZE, recipe="published", block_size=BLOCK_SIZE
-    )
     for name in (PACKAGE, GEMMA, LORAS):
         shutil.rmtree(out / name, ignore_errors=True)
-    export(packed, out / PACKAGE, layout="V5")
+    export(folder / "packed", out / PACKAGE, layout="V5")
     shutil.copytree(folder / GEMMA, out / GEMMA)
     (out / LORAS).mkdir(parents=True)
     for stage, name in SHIPPED_LORAS.items():

@@ -46,9 +46,11 @@ def pixels_of(toy: world.Toy, *, width: int, height: int) -> Float[np.ndarray, "
     return clip.astype(np.float32) / 127.5 - 1
 
 
-def sound_of(toy: world.Toy, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Float[np.ndarray, "samples channels"]:
+def sound_of(
+    toy: world.Toy, sample_rate_hz: int = SAMPLE_RATE_HZ, *, grid_hz: float | None = None
+) -> Float[np.ndarray, "samples channels"]:
     """The sound of a whole clip, by default at the audio autoencoder's sample rate."""
-    return world.sound(toy, seconds=release.SECONDS, sample_rate_hz=sample_rate_hz)
+    return world.sound(toy, seconds=release.SECONDS, sample_rate_hz=sample_rate_hz, grid_hz=grid_hz)
 
 
 @cache
@@ -65,10 +67,11 @@ def toy_of_every_sound(index: int, *, seed: int) -> world.Toy:
 
 
 def sounds_of(
-    indices: range, *, seed: int, sample_rate_hz: int = SAMPLE_RATE_HZ
+    indices: range, *, seed: int, sample_rate_hz: int = SAMPLE_RATE_HZ, grid_hz: float | None = None
 ) -> Float[np.ndarray, "clips samples channels"]:
-    """The sounds of whole clips."""
-    return np.stack([sound_of(toy_of_every_sound(index, seed=seed), sample_rate_hz) for index in indices])
+    """The sounds of whole clips; with `grid_hz` as a vocoder can make them."""
+    toys = [toy_of_every_sound(index, seed=seed) for index in indices]
+    return np.stack([sound_of(toy, sample_rate_hz, grid_hz=grid_hz) for toy in toys])
 
 
 @partial(jax.jit, static_argnames="config")

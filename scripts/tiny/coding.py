@@ -18,6 +18,7 @@ from ltx_jax.text import load_tokenizer, tokenize
 from ltx_jax.training.autoencoders import (
     audio_vae_loss,
     bandwidth_loss,
+    centre,
     learnt,
     measured_statistics,
     set_filters,
@@ -32,6 +33,7 @@ from scripts.tiny.stages import CONFIGS, Stage, muon, trained
 
 # Clips are numbered on from one stage of the video autoencoder to the next, four a step.
 SHARP_FROM, FINE_FROM = 5000, 9000
+GRID_HZ = CONFIGS.audio_vae.sample_rate_hz / CONFIGS.audio_vae.hop_length  # frames of a spectrogram a second
 STATISTICS_CLIPS = 240  # that statistics of latents are measured over
 
 
@@ -80,8 +82,9 @@ def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
         return autoencoder.decode(autoencoder.encode(mel))
 
     def batches(step: int) -> tuple[np.ndarray, np.ndarray]:
-        waveform = clips.sounds_of(range(6 * step, 6 * step + 6), seed=seed)
-        mel = clips.mel_of(waveform, CONFIGS.audio_vae)
+        indices = range(6 * step, 6 * step + 6)
+        mel = clips.mel_of(clips.sounds_of(indices, seed=seed), CONFIGS.audio_vae)
+        waveform = clips.sounds_of(indices, seed=seed, grid_hz=GRID_HZ)
         mels = [np.asarray(mel), np.asarray(coded(mel))]
         rng = np.random.default_rng([seed, step])
         pieces = []
@@ -96,7 +99,9 @@ def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
     set_filters(model)
     # Logarithms of magnitudes are large, and make a loud noise of the first weights.
     model.base.conv_post.kernel.set_value(0.01 * model.base.conv_post.kernel[...])
-    return Trainer(model, vocoder_loss, muon(num_steps, seed), trainable=learnt("base")), batches
+    centre(model.base, float(np.mean(batches(0)[0])))
+    loss = partial(vocoder_loss, waveform_weight=2.0)
+    return Trainer(model, loss, muon(num_steps, seed), trainable=learnt("base")), batches
 
 
 def bandwidth(folder: Path, seed: int, num_steps: int) -> Stage:
@@ -106,7 +111,7 @@ def bandwidth(folder: Path, seed: int, num_steps: int) -> Stage:
         indices = range(3 * step, 3 * step + 3)
         rates = CONFIGS.vocoder.input_sample_rate_hz, CONFIGS.vocoder.sample_rate_hz
         start = int(np.random.default_rng([seed, step]).integers(16)) * CONFIGS.vocoder.bwe_hop_length * 10
-        low, high = (clips.sounds_of(indices, seed=seed, sample_rate_hz=rate) for rate in rates)
+        low, high = (clips.sounds_of(indices, seed=seed, sample_rate_hz=rate, grid_hz=GRID_HZ) for rate in rates)
         ratio = rates[1] // rates[0]
         return low[:, start : start + 12800], high[:, start * ratio : (start + 12800) * ratio]
 

@@ -27,7 +27,7 @@ STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
     "bandwidth": (coding.bandwidth, 300),
     "language": (coding.language, 600),
     "upscaler": (denoising.upscaler, 1200),
-    "transformer": (denoising.transformer, 5000),
+    "transformer": (denoising.transformer, 6000),
     "distilled": (denoising.distilled, 500),
 }
 

@@ -12,7 +12,7 @@ stage() { [ -f "$run/$1.safetensors" ] || $python -m scripts.tiny.train "$1" "$r
 for name in video-vae video-vae-sharp video-vae-fine audio-vae vocoder bandwidth language upscaler transformer; do
     stage "$name"
 done
-$python -m scripts.tiny.build official "$run" # the published files, and a checkpoint that LoRAs are trained beside
+$python -m scripts.tiny.build official "$run" # the published files, and checkpoints that LoRAs are trained beside
 stage distilled
-scripts/tiny/heart.sh "$run/checkpoint" "$run" # a new shape, as anyone would teach it
+scripts/tiny/heart.sh "$run/packed" "$run" # a new shape, as anyone would teach it
 $python -m scripts.tiny.build package "$run" "$release"

@@ -314,14 +314,24 @@ def pitch_hz(height: Times) -> Times:
     return LOWEST_HZ * 2 ** (OCTAVES * height)
 
 
-def sound(toy: Toy, *, seconds: float, sample_rate_hz: int) -> Waveform:
-    """The sound of a clip of `seconds`, the same on both channels; sample n is at `n / sample_rate_hz`."""
+def sound(toy: Toy, *, seconds: float, sample_rate_hz: int, grid_hz: float | None = None) -> Waveform:
+    """The sound of a clip of `seconds`, the same on both channels; sample n is at `n / sample_rate_hz`.
+
+    With `grid_hz` it is what a vocoder of so many frames a second can make of its spectrogram, which has no phase: the
+    same for equal frames. Pitches are the nearest multiples of the rate, and clicks begin where the nearest frame does.
+    """
     times = np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz
     fade = np.clip(np.minimum(times, seconds - times) / _FADE_SECONDS, 0, 1)
     match toy.sound:
         case "tone":
-            frequency = pitch_hz(poses(toy, times, seconds=seconds).height)
-            wave = _TONE_LEVEL * fade * np.sin(2 * np.pi * np.cumsum(frequency) / sample_rate_hz)
+            if grid_hz is None:
+                frequency = pitch_hz(poses(toy, times, seconds=seconds).height)
+                turns = np.cumsum(frequency) / sample_rate_hz
+            else:
+                frame = np.floor(times * grid_hz + 1e-6)
+                frequency = pitch_hz(poses(toy, (frame + 0.5) / grid_hz, seconds=seconds).height)
+                turns = np.round(frequency / grid_hz) * (times * grid_hz - frame)  # whole ones in every frame
+            wave = _TONE_LEVEL * fade * np.sin(2 * np.pi * turns)
         case "chord":
             waves = [np.sin(2 * np.pi * CHORDS[toy.colour] * partial * times) for partial in PARTIALS]
             wave = _CHORD_LEVEL * fade * np.sum(waves, axis=0)
@@ -330,7 +340,8 @@ def sound(toy: Toy, *, seconds: float, sample_rate_hz: int) -> Waveform:
             burst = np.random.default_rng(0).uniform(-1, 1, len(since)) * np.exp(-since / _CLICK_DECAY)
             wave = np.zeros(len(times) + len(since))
             for contact in contacts(toy, seconds=seconds):
-                first = math.ceil(contact * sample_rate_hz)
+                contact = contact if grid_hz is None else round(contact * grid_hz) / grid_hz
+                first = math.ceil(contact * sample_rate_hz - 1e-6)
                 wave[first : first + len(since)] += _CLICK_LEVEL * burst
             wave = wave[: len(times)]
     return np.repeat(wave.astype(np.float32)[:, None], 2, axis=1)

@@ -19,9 +19,9 @@ def page(mini_checkpoint):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 6
     source = "\n".join(blocks)
-    assert '"outputs/mini-checkpoint"' in source
+    assert '"outputs/ltx-2.3-tiny"' in source
     names: dict = {}
-    exec(compile(source.replace('"outputs/mini-checkpoint"', repr(str(mini_checkpoint))), PAGE.name, "exec"), names)
+    exec(compile(source.replace('"outputs/ltx-2.3-tiny"', repr(str(mini_checkpoint))), PAGE.name, "exec"), names)
     return names
 
 

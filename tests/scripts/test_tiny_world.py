@@ -364,3 +364,26 @@ def test_a_shape_and_a_motion_that_the_world_does_not_have_are_none_of_them():
 )
 def test_no_sound_of_the_world_is_heard_where_there_is_none(mono):
     assert listen(np.stack([mono, mono], axis=1).astype(np.float32), RATE).sound is None
+
+
+@pytest.mark.parametrize("kind", ["tone", "chord", "click"])
+def test_a_vocoder_s_grid_leaves_of_a_sound_what_is_heard(kind):
+    """The same in every frame that has the same pitch: what a spectrogram without phase can stand for."""
+    grid_hz, toy = 50.0, replace(BOUNCING, sound=kind)
+    wave = sound(toy, seconds=2.0, sample_rate_hz=RATE, grid_hz=grid_hz)
+    free = sound(toy, seconds=2.0, sample_rate_hz=RATE)
+    assert wave.shape == free.shape
+    heard, expected = listen(wave, RATE), listen(free, RATE)
+    assert heard.sound == expected.sound == kind
+    assert heard.chord == expected.chord
+    hop = round(RATE / grid_hz)
+    if kind == "click":
+        # Half a frame at most, and what the ear of `listen` is off by.
+        assert np.abs(np.array(heard.clicks) - np.array(expected.clicks)).max() < 0.5 / grid_hz + 0.003
+        starts = np.flatnonzero(np.abs(wave[:, 0]) > 0) % hop
+        assert starts[0] == 0
+    else:
+        # Every frame begins at phase zero.
+        np.testing.assert_allclose(wave[hop * 2 :: hop], 0, atol=1e-6)
+    if kind == "chord":
+        np.testing.assert_allclose(wave, free, atol=1e-5)
