@@ -1,8 +1,8 @@
 """Puts the trained stages together: `python -m scripts.tiny.build official FOLDER`, later `package FOLDER RELEASE`.
 
 `official` writes the models as Lightricks and Google publish theirs (`ltx-2.3-tiny.safetensors`, `gemma-3-tiny`,
-BF16), and converts them: to `FOLDER/checkpoint` as they are, to `FOLDER/packed` at 5 bits by the published recipe. LoRAs
-are trained beside either. `package` exports the latter in the published layout, with the LoRAs that are there.
+BF16), and converts them: to `FOLDER/checkpoint` as they are, to `FOLDER/packed` at 5 bits by the published recipe.
+LoRAs are trained beside either. `package` exports the latter in the published layout, with the LoRAs that are there.
 """
 
 import shutil

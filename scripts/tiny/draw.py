@@ -23,8 +23,12 @@ def main(
     count: int = 160,
     seed: int = 0,
     scale: int = 1,
+    paraphrase: bool = True,
 ) -> None:
-    """Draws clips and writes them with their captions. `scale` 2 is the size of a second stage."""
+    """Draws clips and writes them with their captions. `scale` 2 is the size of a second stage.
+
+    Half of the captions say the same in another way, which `evaluate.py clips` cannot read: `--no-paraphrase`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     width, height = (scale * side for side in clips.size_of(upright=False))
     with TerminalProgress().stage("draw clips", count) as advance:
@@ -34,7 +38,8 @@ def main(
             path = folder / f"{index:04d}.mp4"
             sound = clips.sound_of(toy, SAMPLE_RATE_HZ)
             write_mp4(path, frames, fps=release.FPS, waveform=sound, sample_rate_hz=SAMPLE_RATE_HZ)
-            path.with_suffix(".txt").write_text(toy.paraphrase + "\n", encoding="utf-8")
+            caption = toy.paraphrase if paraphrase else toy.caption
+            path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
             advance()
 
 

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The tables of docs/quality.md: every measurement of a release trained by scripts/tiny/train.sh, as JSON and Markdown in
+# RUN/quality. scripts/tiny/evaluate.sh RUN
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../_environment.sh"
+prepare ""
+run=${1:?"scripts/tiny/evaluate.sh RUN: RUN is the folder that was trained in"}
+python=.venv/bin/python
+lora=$run/distilled.safetensors
+
+variant() { # variant NAME OPTIONS: the official file packed in another way
+    local dest=$run/variants/$1
+    shift
+    [ -f "$dest/manifest.json" ] || $python -m convert "$run/ltx-2.3-tiny.safetensors" "$dest" --block-size 64 \
+        --gemma "$run/gemma-3-tiny" --gemma-bits 16 --upscaler "$run/upscaler.safetensors" \
+        --quantize blocks,connectors,projection,adaln "$@"
+}
+measure() { # measure NAME COMMAND OPTIONS
+    local name=$1
+    shift
+    [ -f "$run/quality/$name.json" ] ||
+        $python scripts/evaluate.py "$@" --output "$run/quality/$name.json" >"$run/quality/$name.md"
+    echo "$name" && cat "$run/quality/$name.md"
+}
+
+mkdir -p "$run/quality" "$run/variants"
+[ -e "$run/variants/bf16" ] || ln -s "$(realpath "$run/checkpoint")" "$run/variants/bf16"
+variant 5-published --recipe published
+variant 5-scalar
+variant 5-trellis --recipe trellis
+variant 4-scalar --bits '*=4'
+variant 6-scalar --bits '*=6'
+
+for name in bf16 5-published 5-scalar 5-trellis 4-scalar 6-scalar; do
+    measure "captions-$name" captions --checkpoint "$run/variants/$name" --lora "$lora"
+done
+against=()
+for name in 6-scalar 5-trellis 5-scalar 5-published 4-scalar; do against+=("$run/variants/$name"); done
+measure compare compare --reference "$run/variants/bf16" --against "${against[@]}" --lora "$lora"
+measure coding coding --checkpoint "$run/variants/bf16"
+
+packed=$run/variants/5-published
+measure seeds captions --checkpoint "$packed" --lora "$lora" --count 30 --seeds 5
+measure upright captions --checkpoint "$packed" --lora "$lora" --count 80 --upright
+measure image captions --checkpoint "$packed" --lora "$lora" --count 80 --image
+measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 40 --pipeline two-stage --scale 2
+measure dev captions --checkpoint "$packed" --count 80 --pipeline dev --steps 20 --cfg-scale 2.5
+measure heart captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors" --count 80 --shapes heart
+measure heart-without captions --checkpoint "$packed" --lora "$lora" --count 80 --shapes heart
+measure heart-others captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors"
