@@ -25,6 +25,8 @@ import tyro
 from generate import parse_lora
 from ltx_jax.cache import written_whole
 from ltx_jax.environment import prepare
+from ltx_jax.media import write_png
+from ltx_jax.pictures import sheet_of
 from ltx_jax.pipeline import Pipeline, load_pipeline
 from ltx_jax.progress import TerminalProgress
 from ltx_jax.settings import Settings
@@ -128,6 +130,8 @@ class Compare:
     height: int = release.HEIGHT
     num_frames: int = release.NUM_FRAMES
     fps: float = release.FPS
+    sheet: Path | None = None
+    """A picture of the first prompt's clips, one below the other (.png)."""
     output: Path | None = None
 
     def run(self) -> None:
@@ -142,8 +146,11 @@ class Compare:
         ]
         pipes = {path.name: self.making.load(path) for path in self.against}
         with progress("compare", len(requests)) as advance:
-            rows = compare(self.making.load(self.reference), pipes, requests, advance)
-        report(f"against {self.reference.name}", rows, self.output)
+            found = compare(self.making.load(self.reference), pipes, requests, advance)
+        report(f"against {self.reference.name}", found.rows, self.output)
+        if self.sheet is not None:
+            labels = [self.reference.name, *list(found.shown)[1:]]
+            write_png(self.sheet, sheet_of([clip.frames for clip in found.shown.values()], labels, columns=8))
 
 
 @dataclass(frozen=True, kw_only=True)

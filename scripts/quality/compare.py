@@ -5,7 +5,7 @@ It needs no little world: prompts, sizes and checkpoints may be any.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -67,16 +67,26 @@ def _distance(x: Any, y: Any) -> float:
     return 0.0 if x is None else float(np.sum(np.square(np.asarray(x, np.float64) - np.asarray(y, np.float64))))
 
 
+class Comparison(NamedTuple):
+    """What became of the requests."""
+
+    rows: dict[str, dict[str, float]]  # means over the requests, by checkpoint
+    shown: dict[str, Clip]  # clips of the first request, the reference's first
+
+
 def compare(
     reference: Pipeline, others: dict[str, Pipeline], requests: Sequence[dict[str, Any]], advance: Callable[[], None]
-) -> dict[str, dict[str, float]]:
-    """Means over the requests, for each of the other checkpoints."""
+) -> Comparison:
+    """Makes every request with the reference and with each of the other checkpoints."""
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in others}
+    shown: dict[str, Clip] = {}
     for request in requests:
         path = walk(reference, **request)
+        shown.setdefault("reference", path.clip)
         for name, pipe in others.items():
             forced = teacher_forced(pipe, path, **request)
             clip = pipe(**request)
+            shown.setdefault(name, clip)
             assert clip.latents is not None
             assert path.clip.latents is not None
             pair = [(clip.latents.video, path.clip.latents.video), (clip.latents.audio, path.clip.latents.audio)]
@@ -94,4 +104,5 @@ def compare(
                 }
             )
             advance()
-    return {name: {key: float(np.mean([row[key] for row in made])) for key in made[0]} for name, made in rows.items()}
+    means = {name: {key: float(np.mean([row[key] for row in made])) for key in made[0]} for name, made in rows.items()}
+    return Comparison(means, shown)

@@ -32,7 +32,7 @@ from scripts.tiny import clips, release, words, world
 from scripts.tiny.stages import CONFIGS, Stage, muon, trained
 
 # Clips are numbered on from one stage of the video autoencoder to the next, four a step.
-SHARP_FROM, FINE_FROM = 5000, 9000
+SHARP_FROM, FINE_FROM, DECODER_FROM = 5000, 9000, 10600
 GRID_HZ = CONFIGS.audio_vae.sample_rate_hz / CONFIGS.audio_vae.hop_length  # frames of a spectrogram a second
 STATISTICS_CLIPS = 240  # that statistics of latents are measured over
 
@@ -60,6 +60,19 @@ def video_vae_fine(folder: Path, seed: int, num_steps: int) -> Stage:
     loss = partial(video_vae_loss, edge_weight=0.5, outline_weight=4.0)
     schedule = muon(num_steps, seed + 2, learning_rate=4e-3)
     return Trainer(trained(folder, "video-vae-sharp"), loss, schedule), lambda step: _clips(step + FINE_FROM, seed)
+
+
+def video_decoder(folder: Path, seed: int, num_steps: int) -> Stage:
+    """And the decoder alone: latents stay what they are, so what was trained on them stays right."""
+
+    def decoding(path: Any, value: Any) -> bool:
+        return isinstance(value, nnx.Param) and path[0] == "decoder"
+
+    loss = partial(video_vae_loss, edge_weight=0.5, outline_weight=6.0)
+    trainer = Trainer(
+        trained(folder, "video-vae-fine"), loss, muon(num_steps, seed + 3, learning_rate=3e-3), trainable=decoding
+    )
+    return trainer, lambda step: _clips(step + DECODER_FROM, seed)
 
 
 def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:

@@ -36,7 +36,8 @@ for name in bf16 5-published 5-scalar 5-trellis 4-scalar 6-scalar; do
 done
 against=()
 for name in 6-scalar 5-trellis 5-scalar 5-published 4-scalar; do against+=("$run/variants/$name"); done
-measure compare compare --reference "$run/variants/bf16" --against "${against[@]}" --lora "$lora"
+measure compare compare --reference "$run/variants/bf16" --against "${against[@]}" --lora "$lora" \
+    --sheet "$run/quality/compare.png"
 measure coding coding --checkpoint "$run/variants/bf16"
 
 packed=$run/variants/5-published

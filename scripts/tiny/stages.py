@@ -21,6 +21,7 @@ COMPONENTS = {
     "video-vae": "video_vae",
     "video-vae-sharp": "video_vae",
     "video-vae-fine": "video_vae",
+    "video-decoder": "video_vae",
     "audio-vae": "audio_vae",
     "vocoder": "vocoder",
     "bandwidth": "vocoder",
@@ -30,7 +31,7 @@ COMPONENTS = {
 }
 # The last stage of each model: what the release holds.
 FINAL = {
-    "video_vae": "video-vae-fine",
+    "video_vae": "video-decoder",
     "audio_vae": "audio-vae",
     "vocoder": "bandwidth",
     "gemma": "language",

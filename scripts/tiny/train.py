@@ -21,13 +21,14 @@ from scripts.tiny.stages import COMPONENTS, Stage
 STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
     "video-vae": (coding.video_vae, coding.SHARP_FROM),
     "video-vae-sharp": (coding.video_vae_sharp, coding.FINE_FROM - coding.SHARP_FROM),
-    "video-vae-fine": (coding.video_vae_fine, 1600),
+    "video-vae-fine": (coding.video_vae_fine, coding.DECODER_FROM - coding.FINE_FROM),
+    "video-decoder": (coding.video_decoder, 1200),
     "audio-vae": (coding.audio_vae, 2500),
-    "vocoder": (coding.vocoder, 3000),
+    "vocoder": (coding.vocoder, 1500),
     "bandwidth": (coding.bandwidth, 300),
     "language": (coding.language, 600),
     "upscaler": (denoising.upscaler, 1200),
-    "transformer": (denoising.transformer, 6000),
+    "transformer": (denoising.transformer, 4500),
     "distilled": (denoising.distilled, 500),
 }
 
@@ -56,7 +57,7 @@ def main(
         case "transformer":
             write_parts(path, {part: getattr(model, part) for part in ("transformer", "connectors")})
         case _:
-            if isinstance(model, VideoVAE | AudioVAE):
+            if isinstance(model, VideoVAE | AudioVAE) and stage != "video-decoder":  # whose latents are there already
                 coding.set_statistics(model, seed)
             write_parts(path, {COMPONENTS[stage]: model})
 

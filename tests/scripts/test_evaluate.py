@@ -158,7 +158,7 @@ def test_a_checkpoint_differs_from_itself_in_nothing(pipe):
     }  # fmt: skip
     path = walk(pipe, **request)
     assert len(path.sigmas) == 8
-    same = compare(pipe, {"itself": pipe}, [request], no_progress)["itself"]
+    same = compare(pipe, {"itself": pipe}, [request], no_progress).rows["itself"]
     assert same["velocity, first step"] == same["velocity, all steps"] == same["latents at the end"] == 0
     assert same["SSIM"] == pytest.approx(1)
     assert same["mel dB"] == 0
