@@ -68,8 +68,8 @@ class DistilSettings:
     sigmas: tuple[float, ...] = DISTILLED_SIGMAS
     substeps: int = 3  # of the teacher, where levels are more than `near` apart; one elsewhere
     near: float = 0.02
-    video_cfg_scale: float = 2.5
-    audio_cfg_scale: float = 2.5
+    video_cfg_scale: float = 2.0
+    audio_cfg_scale: float = 2.0
     image: float = 0.2  # share of the samples that know their first latent frame
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """The stages that train what codes pictures, sound and text: autoencoders, vocoder and text encoder."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from scripts.tiny.stages import CONFIGS, Stage, muon, trained
 
 # Clips are numbered on from one stage of the video autoencoder to the next, four a step.
 SHARP_FROM, FINE_FROM, DECODER_FROM = 5000, 9000, 10600
+VOCODER_FINE_FROM = 1500  # steps
 GRID_HZ = CONFIGS.audio_vae.sample_rate_hz / CONFIGS.audio_vae.hop_length  # frames of a spectrogram a second
 STATISTICS_CLIPS = 240  # that statistics of latents are measured over
 
@@ -85,8 +87,8 @@ def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
     return Trainer(model, audio_vae_loss, muon(num_steps, seed)), batches
 
 
-def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
-    """The base generator, from spectrograms, half of which the audio autoencoder has seen before."""
+def _mels_and_sounds(folder: Path, seed: int, first_step: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """Pieces of spectrograms, half of which the audio autoencoder has seen before, and their waveforms."""
     autoencoder = trained(folder, "audio-vae")
     frames, hop = 32, CONFIGS.audio_vae.hop_length
 
@@ -95,6 +97,7 @@ def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
         return autoencoder.decode(autoencoder.encode(mel))
 
     def batches(step: int) -> tuple[np.ndarray, np.ndarray]:
+        step += first_step
         indices = range(6 * step, 6 * step + 6)
         mel = clips.mel_of(clips.sounds_of(indices, seed=seed), CONFIGS.audio_vae)
         waveform = clips.sounds_of(indices, seed=seed, grid_hz=GRID_HZ)
@@ -108,6 +111,12 @@ def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
         inputs, targets = zip(*pieces, strict=True)
         return np.stack(inputs), np.stack(targets)
 
+    return batches
+
+
+def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The base generator."""
+    batches = _mels_and_sounds(folder, seed, 0)
     model = Vocoder(CONFIGS.vocoder, rngs=nnx.Rngs(seed))
     set_filters(model)
     # Logarithms of magnitudes are large, and make a loud noise of the first weights.
@@ -115,6 +124,14 @@ def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
     centre(model.base, float(np.mean(batches(0)[0])))
     loss = partial(vocoder_loss, waveform_weight=2.0)
     return Trainer(model, loss, muon(num_steps, seed), trainable=learnt("base")), batches
+
+
+def vocoder_fine(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The same on, where samples count more: the highest partials, which few chords have, are learnt last."""
+    loss = partial(vocoder_loss, waveform_weight=6.0)
+    schedule = muon(num_steps, seed + 1, learning_rate=6e-3)
+    trainer = Trainer(trained(folder, "vocoder"), loss, schedule, trainable=learnt("base"))
+    return trainer, _mels_and_sounds(folder, seed, VOCODER_FINE_FROM)
 
 
 def bandwidth(folder: Path, seed: int, num_steps: int) -> Stage:
@@ -128,7 +145,7 @@ def bandwidth(folder: Path, seed: int, num_steps: int) -> Stage:
         ratio = rates[1] // rates[0]
         return low[:, start : start + 12800], high[:, start * ratio : (start + 12800) * ratio]
 
-    model = trained(folder, "vocoder")
+    model = trained(folder, "vocoder-fine")
     model.bwe.conv_post.kernel.set_value(jnp.zeros_like(model.bwe.conv_post.kernel[...]))
     schedule = Schedule(num_steps=num_steps, learning_rate=1e-3, warmup_steps=50, seed=seed)
     return Trainer(model, bandwidth_loss, schedule, trainable=learnt("bwe")), batches

@@ -24,6 +24,7 @@ COMPONENTS = {
     "video-decoder": "video_vae",
     "audio-vae": "audio_vae",
     "vocoder": "vocoder",
+    "vocoder-fine": "vocoder",
     "bandwidth": "vocoder",
     "language": "gemma",
     "upscaler": "upscaler_spatial_x2",
