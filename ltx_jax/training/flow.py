@@ -152,15 +152,15 @@ class Levels(NamedTuple):
 class BothVelocities(NamedTuple):
     """The velocity of both streams."""
 
-    video: Float[Array, "batch video_tokens channels"]
-    audio: Float[Array, "batch audio_tokens channels"]
+    video: Float[Array, "batch video_tokens video_channels"]
+    audio: Float[Array, "batch audio_tokens audio_channels"]
 
 
 def velocity_of(
     model: DenoisingModel,
     batch: FlowBatch,
-    video: Float[Array, "batch video_tokens channels"],
-    audio: Float[Array, "batch audio_tokens channels"],
+    video: Float[Array, "batch video_tokens video_channels"],
+    audio: Float[Array, "batch audio_tokens audio_channels"],
     levels: Levels,
     contexts: Contexts,
 ) -> BothVelocities:
