@@ -141,7 +141,10 @@ def _best_windows(
         value, cell, costs = step
         windows = 2 * state[:, None] + jnp.arange(2)
         errors = (value[:, None] - nearby[cell[:, None], windows]) ** 2
-        before = jnp.take_along_axis(costs, windows % num_states, axis=1) + errors
+        # Both windows come from neighbouring states: one pair is taken. (Two single ones were a program that crashes:
+        # jaxlib 0.10.2 on a CPU with AVX-512.)
+        pair = (state % (num_states // 2))[:, None, None]
+        before = jnp.take_along_axis(costs.reshape(num_blocks, -1, 2), pair, axis=1)[:, 0] + errors
         window = 2 * state + (before[:, 1] < before[:, 0])
         return window % num_states, window
 

@@ -83,6 +83,8 @@ class Captions:
     upright: bool = False
     scale: int = 1
     """2 for clips of two stages."""
+    upscale: bool = False
+    """Twice the size by the latent upscaler, as scripts/demo makes clips."""
     image: bool = False
     """Image to video: clips begin with the first frame that the caption should have."""
     output: Path | None = None
@@ -95,8 +97,9 @@ class Captions:
             if self.image:
                 rows, found = captions.continued(pipe, toys, advance, **self.making.settings)
             else:
-                make = captions.maker(pipe, upright=self.upright, scale=self.scale, **self.making.settings)
-                found = captions.judged(make, toys, range(self.seeds), advance)
+                more = {"upscale": 2.0} if self.upscale else {}
+                make = captions.maker(pipe, upright=self.upright, scale=self.scale, **self.making.settings, **more)
+                found = captions.judged(make, toys, self.seeds, advance)
                 rows = captions.summary(found)
         if self.seeds > 1:
             rows |= captions.stability(found)

@@ -61,11 +61,11 @@ def maker(pipe: Pipeline, *, upright: bool = False, scale: int = 1, **settings: 
     return make
 
 
-def judged(make: Make, toys: Iterable[world.Toy], seeds: Sequence[int], advance: Callable[[], None]) -> list[Judged]:
-    """Makes and judges a clip of every toy with every seed."""
+def judged(make: Make, toys: Sequence[world.Toy], seeds: int, advance: Callable[[], None]) -> list[Judged]:
+    """Makes and judges a clip of every toy from `seeds` noises, which are every toy's own."""
     found = []
-    for toy in toys:
-        for seed in seeds:
+    for number, toy in enumerate(toys):
+        for seed in range(number, number + seeds * len(toys), len(toys)):
             clip = make(toy, seed)
             verdict = judge(clip.frames, clip.fps, clip.waveform, clip.sample_rate_hz, toy)
             found.append(Judged(toy=toy, seed=seed, verdict=verdict))
@@ -122,13 +122,16 @@ def continued(
 ) -> tuple[dict[str, Any], list[Judged]]:
     """Image to video: whether clips keep what their first frame shows, and that frame itself."""
     width, height = clips.size_of(upright=False)
-    found, similarity = [], []
-    for toy in toys:
+    similarity = []
+
+    def make(toy: world.Toy, seed: int) -> Clip:
         first = world.render(toy, width=width, height=height, num_frames=release.NUM_FRAMES, fps=release.FPS)[0]
         # Clean frames of this size have no use for the round trip through H.264 that photographs get.
-        clip = maker(pipe, image=first, image_crf=None, **settings)(toy, 0)
-        found += judged(lambda _toy, _seed, clip=clip: clip, [toy], [0], advance)
+        clip = maker(pipe, image=first, image_crf=None, **settings)(toy, seed)
         similarity.append(ssim(clip.frames[:1], first[None]))
+        return clip
+
+    found = judged(make, toys, 1, advance)
     return {**summary(found), "first_frame_ssim": float(np.mean(similarity))}, found
 
 

@@ -80,5 +80,5 @@ def losses(engine: Engine, originals: Iterable[Clip], advance: Callable[[], None
 def still_right(engine: Engine, toys: Sequence[world.Toy], advance: Callable[[], None], **size: Any) -> dict[str, Any]:
     """How much of what captions say survives coding: what no transformer can do better than."""
     rate = engine.configs.vocoder.sample_rate_hz
-    found: list[Judged] = judged(lambda toy, seed: recoded(engine, drawn(toy, rate, **size)), toys, [0], advance)
+    found: list[Judged] = judged(lambda toy, seed: recoded(engine, drawn(toy, rate, **size)), toys, 1, advance)
     return summary(found)

@@ -42,6 +42,7 @@ measure coding coding --checkpoint "$run/variants/bf16"
 
 packed=$run/variants/5-published
 measure seeds captions --checkpoint "$packed" --lora "$lora" --count 30 --seeds 5
+measure demo captions --checkpoint "$packed" --lora "$lora" --upscale
 measure upright captions --checkpoint "$packed" --lora "$lora" --count 80 --upright
 measure image captions --checkpoint "$packed" --lora "$lora" --count 80 --image
 measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 40 --pipeline two-stage --scale 2
