@@ -97,10 +97,16 @@ def read_captions(folder: Path, captions: Iterable[str]) -> dict[str, StatesRow]
     return rows
 
 
-def _batches(folder: Path, seed: int, batch_size: int) -> Examples:
-    """Both sizes of clips, with what the text encoder makes of their captions."""
+def _batches(folder: Path, seed: int, batch_size: int, *, hard: bool = False) -> Examples:
+    """Both sizes of clips, with what the text encoder makes of their captions.
+
+    With `hard` what is learnt last comes more often: clicks, which must fall on a bounce, and what spins.
+    """
     encoded = EncodedWorld(folder, seed)
     examples = [*encoded.examples("small"), *encoded.examples("large")]
+    if hard:
+        examples += 3 * [example for example in examples if "click" in example.caption]
+        examples += [example for example in examples if "spins" in example.caption]
     texts = read_captions(folder, (example.caption for example in examples))
     return Examples(examples, texts, CONFIGS, batch_size=batch_size, seed=seed)
 
@@ -117,6 +123,17 @@ def transformer(folder: Path, seed: int, num_steps: int) -> Stage:
         average_decay=0.998,
     )  # fmt: skip
     return Trainer(model, flow_loss(FlowSettings()), schedule), _batches(folder, seed, 32)
+
+
+def transformer_fine(folder: Path, seed: int, num_steps: int) -> Stage:
+    """The same on, where what is hard comes more often."""
+    model = DenoisingModel(trained(folder, "transformer", "transformer"), trained(folder, "transformer", "connectors"))
+    schedule = Schedule(
+        num_steps=num_steps, learning_rate=5e-3, adam_learning_rate=1e-3, optimizer="muon", warmup_steps=30,
+        seed=seed + 1, average_decay=0.99, save_every=200,
+    )  # fmt: skip
+    batches = _batches(folder, seed, 32, hard=True)
+    return Trainer(model, flow_loss(FlowSettings()), schedule), lambda step: batches(step + 10_000)
 
 
 def upscaler(folder: Path, seed: int, num_steps: int) -> Stage:

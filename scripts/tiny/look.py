@@ -30,7 +30,7 @@ _OUTLINE_ERROR = 0.12  # rms distance from the best shape's outline, in radii; s
 _TRAVEL = 0.15  # share of the picture that what moves crosses; all motions of the world cross 0.25
 _STEADY = 0.9  # correlation with time of what travels or grows
 _GROWTH = 1.4  # the world grows by 2 to 2.5
-_TURNS = 0.15  # a second; the world spins by 0.32 to 0.48
+_TURNS = 0.1  # a second; the world spins by 0.18 to 0.22
 _UNSTEADY = 0.7  # rms radians that the phase of what spins may stray; at random it is 1.8
 _ANGLES, _RADII, _REACH = 72, 32, 2.0  # of the polar grid on which outlines are compared; the last in radii
 

@@ -36,8 +36,8 @@ FINAL = {
     "audio_vae": "audio-vae",
     "vocoder": "bandwidth",
     "gemma": "language",
-    "transformer": "transformer",
-    "connectors": "transformer",
+    "transformer": "transformer-fine",
+    "connectors": "transformer-fine",
     "upscaler_spatial_x2": "upscaler",
 }
 

@@ -30,6 +30,7 @@ STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
     "language": (coding.language, 600),
     "upscaler": (denoising.upscaler, 1200),
     "transformer": (denoising.transformer, 4500),
+    "transformer-fine": (denoising.transformer_fine, 800),
     "distilled": (denoising.distilled, 500),
 }
 
@@ -55,7 +56,7 @@ def main(
             denoising.write_lora(path, folder, model)
         case "upscaler":
             write_upscaler(path, model, release.UPSCALER)
-        case "transformer":
+        case "transformer" | "transformer-fine":
             write_parts(path, {part: getattr(model, part) for part in ("transformer", "connectors")})
         case _:
             if isinstance(model, VideoVAE | AudioVAE) and stage != "video-decoder":  # whose latents are there already

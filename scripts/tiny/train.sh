@@ -10,7 +10,7 @@ python=.venv/bin/python
 stage() { [ -f "$run/$1.safetensors" ] || $python -m scripts.tiny.train "$1" "$run" --seed 0; }
 
 for name in video-vae video-vae-sharp video-vae-fine video-decoder audio-vae vocoder vocoder-fine bandwidth language \
-    upscaler transformer; do
+    upscaler transformer transformer-fine; do
     stage "$name"
 done
 $python -m scripts.tiny.build official "$run" # the published files, and checkpoints that LoRAs are trained beside

@@ -233,7 +233,7 @@ def poses(toy: Toy, times: Times, *, seconds: float) -> Poses:
         case "grow":
             scale = 0.45 + 0.05 * vary.start + (0.55 - 0.05 * vary.start) * progress
         case "spin":
-            angle = 2 * np.pi * ((0.4 + 0.08 * vary.pace) * times + vary.phase)
+            angle = 2 * np.pi * ((0.2 + 0.02 * vary.pace) * times + 0.02 * vary.phase)  # from upright
     return Poses(across, height, scale, angle)
 
 
