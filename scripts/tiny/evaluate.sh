@@ -38,15 +38,15 @@ against=()
 for name in 6-scalar 5-trellis 5-scalar 5-published 4-scalar; do against+=("$run/variants/$name"); done
 measure compare compare --reference "$run/variants/bf16" --against "${against[@]}" --lora "$lora" \
     --sheet "$run/quality/compare.png"
-measure coding coding --checkpoint "$run/variants/bf16"
+measure coding coding --checkpoint "$run/variants/bf16" --count 40
 
 packed=$run/variants/5-published
-measure seeds captions --checkpoint "$packed" --lora "$lora" --count 30 --seeds 5
-measure demo captions --checkpoint "$packed" --lora "$lora" --upscale
+measure heart captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors" --shapes heart
+measure heart-without captions --checkpoint "$packed" --lora "$lora" --shapes heart
+measure heart-others captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors"
+measure demo captions --checkpoint "$packed" --lora "$lora" --count 80 --upscale
+measure dev captions --checkpoint "$packed" --count 80 --pipeline dev --steps 16 --cfg-scale 2.5
 measure upright captions --checkpoint "$packed" --lora "$lora" --count 80 --upright
 measure image captions --checkpoint "$packed" --lora "$lora" --count 80 --image
+measure seeds captions --checkpoint "$packed" --lora "$lora" --count 24 --seeds 4
 measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 40 --pipeline two-stage --scale 2
-measure dev captions --checkpoint "$packed" --count 80 --pipeline dev --steps 20 --cfg-scale 2.5
-measure heart captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors" --count 80 --shapes heart
-measure heart-without captions --checkpoint "$packed" --lora "$lora" --count 80 --shapes heart
-measure heart-others captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors"
