@@ -94,7 +94,7 @@ def write_animation(path: Path, clips: list[tuple[str, Clip]], *, zoom: int) -> 
             place = GAP + number % COLUMNS * cell_width, GAP + number // COLUMNS * cell_height
             shown = Image.fromarray(np.asarray(clip.frames[index]))
             frame.paste(shown.resize((width * zoom, height * zoom), Image.Resampling.BICUBIC), place)
-        frames.append(frame.quantize(96, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(64, dither=Image.Dither.NONE))
     with written_whole(path) as temporary:
         frames[0].save(
             temporary, format="GIF", save_all=True, append_images=frames[1:], duration=1000 / clips[0][1].fps, loop=0
