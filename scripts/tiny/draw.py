@@ -35,7 +35,7 @@ def main(
         for index in range(count):
             toy = world.sample(split, seed, index, shapes=shapes)
             frames = world.render(toy, width=width, height=height, num_frames=release.NUM_FRAMES, fps=release.FPS)
-            path = folder / f"{index:04d}.mp4"
+            path = folder / f"{toy.shape}-{index:04d}.mp4"
             sound = clips.sound_of(toy, SAMPLE_RATE_HZ)
             write_mp4(path, frames, fps=release.FPS, waveform=sound, sample_rate_hz=SAMPLE_RATE_HZ)
             caption = toy.paraphrase if paraphrase else toy.caption

@@ -31,22 +31,25 @@ variant 5-trellis --recipe trellis
 variant 4-scalar --bits '*=4'
 variant 6-scalar --bits '*=6'
 
-for name in bf16 5-published 5-scalar 5-trellis 4-scalar 6-scalar; do
+guided="--pipeline dev --steps 16 --cfg-scale 3"
+for name in bf16 5-scalar 5-published; do
+    # shellcheck disable=SC2086
+    measure "dev-$name" captions --checkpoint "$run/variants/$name" $guided
+done
+for name in bf16 6-scalar 5-trellis 5-scalar 5-published 4-scalar; do
     measure "captions-$name" captions --checkpoint "$run/variants/$name" --lora "$lora"
 done
 against=()
 for name in 6-scalar 5-trellis 5-scalar 5-published 4-scalar; do against+=("$run/variants/$name"); done
 measure compare compare --reference "$run/variants/bf16" --against "${against[@]}" --lora "$lora" \
     --sheet "$run/quality/compare.png"
-measure coding coding --checkpoint "$run/variants/bf16" --count 40
+measure coding coding --checkpoint "$run/variants/bf16" --count 24
 
 packed=$run/variants/5-published
 measure heart captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors" --shapes heart
 measure heart-without captions --checkpoint "$packed" --lora "$lora" --shapes heart
 measure heart-others captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors"
-measure demo captions --checkpoint "$packed" --lora "$lora" --count 80 --upscale
-measure dev captions --checkpoint "$packed" --count 80 --pipeline dev --steps 16 --cfg-scale 2.5
-measure upright captions --checkpoint "$packed" --lora "$lora" --count 80 --upright
-measure image captions --checkpoint "$packed" --lora "$lora" --count 80 --image
-measure seeds captions --checkpoint "$packed" --lora "$lora" --count 24 --seeds 4
-measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 40 --pipeline two-stage --scale 2
+measure image captions --checkpoint "$packed" --lora "$lora" --count 40 --image
+measure upright captions --checkpoint "$packed" --lora "$lora" --count 40 --upright
+measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 24 --pipeline two-stage --scale 2
+measure seeds captions --checkpoint "$packed" --lora "$lora" --count 16 --seeds 3
