@@ -46,9 +46,11 @@ measure compare compare --reference "$run/variants/bf16" --against "${against[@]
 measure coding coding --checkpoint "$run/variants/bf16" --count 24
 
 packed=$run/variants/5-published
-measure heart captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors" --shapes heart
+heart=$run/heart.safetensors:1.25
+measure heart captions --checkpoint "$packed" --lora "$lora" "$heart" --shapes heart
 measure heart-without captions --checkpoint "$packed" --lora "$lora" --shapes heart
-measure heart-others captions --checkpoint "$packed" --lora "$lora" "$run/heart.safetensors"
+measure heart-others captions --checkpoint "$packed" --lora "$lora" "$heart" --count 120
+measure heart-others-without captions --checkpoint "$packed" --lora "$lora" --count 120
 measure image captions --checkpoint "$packed" --lora "$lora" --count 40 --image
 measure upright captions --checkpoint "$packed" --lora "$lora" --count 40 --upright
 measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 24 --pipeline two-stage --scale 2
