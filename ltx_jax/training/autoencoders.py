@@ -67,7 +67,7 @@ def video_vae_loss(
     mean, log_variance = moments[..., :-1], moments[..., -1:]
     latents, divergence = sampled(mean, jnp.broadcast_to(log_variance, mean.shape), key)
     made = model.decoder(latents)
-    weights = 1 + outline_weight * outlines(pixels)
+    weights = 1 + outline_weight * outlines(pixels) if outline_weight else jnp.ones(())
     error = jnp.mean(weights * jnp.abs(made - pixels))
     squared = jnp.mean(weights * jnp.square(made - pixels))
     psnr = 10 * jnp.log10(4 / jnp.mean(jnp.square(jnp.clip(made, -1, 1) - pixels)))

@@ -74,6 +74,8 @@ def losses(engine: Engine, originals: Iterable[Clip], advance: Callable[[], None
             }
         )
         advance()
+    if not rows:
+        raise ValueError("there are no clips to code; give a folder of .mp4 files")
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
