@@ -54,7 +54,8 @@ class Convert:
     """Bits of some linears, as 'blocks.0=8,blocks.43-47=6,*=5': the first that fits holds; 16 leaves a linear as it is.
     """
     recipe: str = RECIPE
-    """How to pack: scalar; trellis (least error, slow on a CPU); or published, which other programs can read."""
+    """How to pack: scalar; trellis (least error, slow on a CPU); or as other programs can read it: published, which is
+    what their packer does, or fitted, with norms that come closer."""
     block_size: int = BLOCK_SIZE
     """Weights of a row that are packed together, with one norm: 128, as published; 64 or 32 for narrow models."""
     overwrite: bool = False

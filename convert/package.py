@@ -28,7 +28,7 @@ Layout = Literal["V5", "V1"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 _FILE_BYTES = 2**32  # of a file of codes, about
 _PUBLISHED_TABLES = ("A", "B", "C")  # that readers of V5 may try
-_AGAIN = "`python -m convert --recipe published` packs with table A and nothing else"
+_AGAIN = "`python -m convert --recipe published` (or `fitted`) packs with table A and nothing else"
 
 
 @dataclass(frozen=True, kw_only=True)

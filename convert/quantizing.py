@@ -31,7 +31,10 @@ BLOCK_SIZES = (32, 64, 128)  # smaller ones follow narrow layers without padding
 UNPACKED_BITS = 16  # as published
 GEMMA = "gemma"
 RECIPES: Mapping[str, Recipe] = {
-    "published": PUBLISHED_RECIPE,  # the only one that packages in the published layouts can hold
+    # What packages in layout V5 can hold: one of the published tables, no signs.
+    "published": PUBLISHED_RECIPE,
+    "fitted": Recipe(norm="fitted"),
+    # Less error, for our own checkpoints.
     "scalar": Recipe(table="converged", sign_seed=0, norm="least-squares"),
     "trellis": BEST_RECIPE,
 }

@@ -15,12 +15,13 @@ from hlwq_jax.codebook import TableName, lloyd_max
 from hlwq_jax.hadamard import check_block_size, hadamard_matrix
 from hlwq_jax.trellis import trellis_encode, trellis_indices, trellis_table
 
-Norm = Literal["l2", "least-squares"]
+Norm = Literal["l2", "least-squares", "fitted"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 
 _CHUNK = 2**22  # values worked on at a time, so that float32 copies of a large weight never exist at once
 _IN_CACHE = 2**17  # values that levels are looked up for at a time: a third of the time of a chunk at once
 _CELLS = 4096
+_SCALES = 24  # that a block beyond the levels is tried at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,13 @@ def quantize(
     """Quantizes a weight at 2 to 8 bits a value; blocks run along the input axis.
 
     `history_bits` above 0 encodes by a trellis in place of `table`, at 2 to 6 bits. `signs` (±1) are multiplied with
-    the columns first: without them a block with a large mean rotates into one value that no level reaches. The norm
-    "l2" is the block's own; "least-squares" the factor with which the levels chosen come closest to the block.
+    the columns first: without them a block with a large mean rotates into one value that no level reaches.
+
+    The norm "l2" is the block's own; "least-squares" the factor with which the levels chosen come closest to the block;
+    "fitted" the same, but blocks with a value beyond the outermost level, which would be clipped, have their levels
+    chosen by a larger norm where that comes closer (a trellis has the least-squares norm instead). Readers need not
+    know: they use codes and norms alike. What tells tables apart (`energy`) stays, as most blocks have the codes of
+    "l2", and the others an outermost one.
 
     Raises where a value is not finite or a block's norm does not fit float16 (65504): such a weight cannot be written.
     """
@@ -165,10 +171,12 @@ def quantize(
         for piece in pieces:
             if not history_bits:
                 found[piece] = nearest(values[piece], centroids)
-            if norm == "least-squares":
+                if norm == "fitted":
+                    _fit_clipped(values[piece], found[piece], centroids)
+            if norm != "l2":
                 levels = _levels(found[piece], centroids, bits=bits, history_bits=history_bits)
                 exact_norms[piece] *= np.vecdot(values[piece], levels) / np.vecdot(levels, levels)
-        if norm == "least-squares":
+        if norm != "l2":
             with np.errstate(over="ignore"):
                 norms[start : start + rows] = exact_norms.reshape(len(chunk), -1)
             _check_norms(norms[start : start + rows], exact_norms, first_row=start)
@@ -182,6 +190,34 @@ def quantize(
         history_bits=history_bits,
         signs=signs,
     )
+
+
+def _fit_clipped(
+    values: Float32[np.ndarray, "num block"],
+    codes: UInt8[np.ndarray, "num block"],
+    centroids: Float32[np.ndarray, " levels"],
+) -> None:
+    """Chooses the codes of blocks that reach beyond the levels anew, in place, for the norm that fits them best.
+
+    Blocks with a large mean rotate into one such value. Norms grow at most until it is just rounded to an outermost
+    level: a block without one would not look like the codes of its table (`energy.observe`).
+    """
+    reach = np.abs(values).max(axis=1)
+    outermost = float(max(-centroids[0], centroids[-1]))
+    chosen = np.flatnonzero(reach > outermost)
+    if not chosen.size:
+        return
+    block, last = values[chosen], float(min(-(centroids[0] + centroids[1]), centroids[-2] + centroids[-1]) / 2)
+    most = reach[chosen] / last * (1 - 1e-5)
+    best = np.full(len(chosen), -1.0, np.float32)
+    for share in np.linspace(0, 1, _SCALES, dtype=np.float32):
+        found = nearest(block / (1 + share * (most - 1))[:, None], centroids)
+        levels = centroids.take(found)
+        # What the least-squares norm leaves is the block's square less this.
+        explained = np.square(np.vecdot(block, levels)) / np.vecdot(levels, levels)
+        better = explained > best
+        best[better] = explained[better]
+        codes[chosen[better]] = found[better]
 
 
 def _check_norms(

@@ -43,6 +43,7 @@ RECIPES = [
     PUBLISHED_RECIPE,
     Recipe(sign_seed=0),
     Recipe(norm="least-squares"),
+    Recipe(norm="fitted"),
     Recipe(table="converged"),
     Recipe(table="converged", sign_seed=0),
     Recipe(table="converged", norm="least-squares"),
@@ -71,7 +72,9 @@ FAMILIES: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 
 def name_of(recipe: Recipe) -> str:
     parts = [f"trellis {recipe.history_bits}" if recipe.history_bits else f"table {recipe.table}"]
-    parts += ["signs"] * (recipe.sign_seed is not None) + ["least-squares norm"] * (recipe.norm == "least-squares")
+    parts += ["signs"] * (recipe.sign_seed is not None) + [f"{recipe.norm} norm"] * (
+        recipe.norm != PUBLISHED_RECIPE.norm
+    )
     parts += [f"{recipe.bits} bit"] * (recipe.bits != PUBLISHED_RECIPE.bits)
     parts += [f"blocks of {recipe.block_size}"] * (recipe.block_size != PUBLISHED_RECIPE.block_size)
     return ", ".join(parts)

@@ -175,13 +175,10 @@ class Coding:
         toys = captions.held_out("test", self.count)
         rows: dict[str, Row] = {}
         sizes: dict[str, dict[str, Any]] = {"64 x 48": {}, "48 x 64": {"upright": True}, "128 x 96": {"scale": 2}}
-        with progress("code clips", 2 * len(toys) * len(sizes)) as advance:
+        with progress("code clips", len(toys) * len(sizes)) as advance:
             for name, size in sizes.items():
                 drawn = (coding.drawn(toy, pipe.configs.vocoder.sample_rate_hz, **size) for toy in toys)
-                rows[name] = {
-                    **coding.losses(pipe, drawn, advance),
-                    **coding.still_right(pipe, toys, advance, **size),
-                }
+                rows[name] = coding.losses(pipe, drawn, advance, toys)
         report(self.checkpoint.name, rows, self.output)
 
 

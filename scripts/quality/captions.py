@@ -28,6 +28,11 @@ class Judged:
     seed: int
     verdict: Verdict
 
+    @classmethod
+    def of(cls, clip: Clip, toy: world.Toy, *, seed: int) -> "Judged":
+        """Judges a clip by what was asked for."""
+        return cls(toy=toy, seed=seed, verdict=judge(clip.frames, clip.fps, clip.waveform, clip.sample_rate_hz, toy))
+
     def row(self) -> dict[str, Any]:
         """As JSON."""
         v = self.verdict
@@ -66,9 +71,7 @@ def judged(make: Make, toys: Sequence[world.Toy], seeds: int, advance: Callable[
     found = []
     for number, toy in enumerate(toys):
         for seed in range(number, number + seeds * len(toys), len(toys)):
-            clip = make(toy, seed)
-            verdict = judge(clip.frames, clip.fps, clip.waveform, clip.sample_rate_hz, toy)
-            found.append(Judged(toy=toy, seed=seed, verdict=verdict))
+            found.append(Judged.of(make(toy, seed), toy, seed=seed))
             advance()
     return found
 

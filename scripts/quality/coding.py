@@ -11,7 +11,7 @@ from ltx_jax.engine import Engine
 from ltx_jax.geometry import audio_latent_length
 from ltx_jax.latents import Latents
 from ltx_jax.media import read_video
-from scripts.quality.captions import Judged, judged, summary
+from scripts.quality.captions import Judged, summary
 from scripts.quality.measures import mel_distance_db, psnr_db, ssim
 from scripts.tiny import clips, release, world
 
@@ -57,30 +57,31 @@ def files(engine: Engine, folder: Path) -> Iterator[Clip]:
         )
 
 
-def losses(engine: Engine, originals: Iterable[Clip], advance: Callable[[], None]) -> dict[str, float]:
-    """Mean distances of clips from what is coded and decoded of them."""
-    rows = []
-    for clip in originals:
+def losses(
+    engine: Engine, originals: Iterable[Clip], advance: Callable[[], None], toys: Sequence[world.Toy] = ()
+) -> dict[str, Any]:
+    """Mean distances of clips from what is coded and decoded of them.
+
+    With the `toys` that the clips were drawn from, also how much of what their captions say survives: what no
+    transformer can do better than. Raises ValueError for no clips, and for sound at another rate than the vocoder's.
+    """
+    rows, found = [], []
+    for number, clip in enumerate(originals):
         made = recoded(engine, clip)
         rate = made.sample_rate_hz
-        sound = made.waveform
         if clip.sample_rate_hz != rate:
             raise ValueError(f"clips to code have the vocoder's {rate} Hz; got {clip.sample_rate_hz}")
         rows.append(
             {
                 "PSNR dB": psnr_db(made.frames, clip.frames),
                 "SSIM": ssim(made.frames, clip.frames),
-                "mel dB": mel_distance_db(sound, clip.waveform, rate, engine.configs.audio_vae),
+                "mel dB": mel_distance_db(made.waveform, clip.waveform, rate, engine.configs.audio_vae),
             }
         )
+        if toys:
+            found.append(Judged.of(made, toys[number], seed=0))
         advance()
     if not rows:
         raise ValueError("there are no clips to code; give a folder of .mp4 files")
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-def still_right(engine: Engine, toys: Sequence[world.Toy], advance: Callable[[], None], **size: Any) -> dict[str, Any]:
-    """How much of what captions say survives coding: what no transformer can do better than."""
-    rate = engine.configs.vocoder.sample_rate_hz
-    found: list[Judged] = judged(lambda toy, seed: recoded(engine, drawn(toy, rate, **size)), toys, 1, advance)
-    return summary(found)
+    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return {**means, **summary(found)} if found else means

@@ -30,7 +30,7 @@ from scripts.tiny import clips, release, words, world
 from scripts.tiny.stages import CONFIGS, FINAL, Stage, muon, trained
 
 NUM_CLIPS = 8000  # with latents kept, one of four upright
-NUM_LARGE = 400  # of them, kept at the second stage's size too
+NUM_LARGE = 800  # of them, kept at the second stage's size too
 CLIPS_AT_ONCE = 8
 Size = Literal["small", "large"]
 
@@ -100,13 +100,15 @@ def read_captions(folder: Path, captions: Iterable[str]) -> dict[str, StatesRow]
 def _batches(folder: Path, seed: int, batch_size: int, *, hard: bool = False) -> Examples:
     """Both sizes of clips, with what the text encoder makes of their captions.
 
-    With `hard` what is learnt last comes more often: clicks, which must fall on a bounce, and what spins.
+    With `hard` what is learnt last comes more often: clicks, which must fall on a bounce, small stars, whose corners
+    are a pixel, and what spins, a third of all then.
     """
     encoded = EncodedWorld(folder, seed)
     examples = [*encoded.examples("small"), *encoded.examples("large")]
     if hard:
         examples += 3 * [example for example in examples if "click" in example.caption]
-        examples += [example for example in examples if "spins" in example.caption]
+        examples += [example for example in examples if "small" in example.caption and "star" in example.caption]
+        examples += 4 * [example for example in examples if "spins" in example.caption]
     texts = read_captions(folder, (example.caption for example in examples))
     return Examples(examples, texts, CONFIGS, batch_size=batch_size, seed=seed)
 
@@ -129,8 +131,8 @@ def transformer_fine(folder: Path, seed: int, num_steps: int) -> Stage:
     """The same on, where what is hard comes more often."""
     model = DenoisingModel(trained(folder, "transformer", "transformer"), trained(folder, "transformer", "connectors"))
     schedule = Schedule(
-        num_steps=num_steps, learning_rate=5e-3, adam_learning_rate=1e-3, optimizer="muon", warmup_steps=30,
-        seed=seed + 1, average_decay=0.99, save_every=200,
+        num_steps=num_steps, learning_rate=8e-3, adam_learning_rate=1.5e-3, optimizer="muon", warmup_steps=50,
+        seed=seed + 1, average_decay=0.998, save_every=200,
     )  # fmt: skip
     batches = _batches(folder, seed, 32, hard=True)
     return Trainer(model, flow_loss(FlowSettings()), schedule), lambda step: batches(step + 10_000)

@@ -60,7 +60,11 @@ def trained(folder: Path, stage: str, component: str | None = None) -> Any:
         raise FileNotFoundError(
             f"{folder} has no {stage}.safetensors: run `python -m scripts.tiny.train {stage} {folder}` first"
         )
-    component = component or COMPONENTS[stage]
+    return read(path, component or COMPONENTS[stage])
+
+
+def read(path: Path, component: str) -> Any:
+    """A model of the miniature release from a file of official tensors; raises as `read_official` does."""
     model = MODELS.get(component, LatentUpscaler)(CONFIGS.of(component), rngs=nnx.Rngs(0))
     read_official(path, component, model, upscalers=CONFIGS.upscalers)
     return model

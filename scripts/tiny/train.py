@@ -30,7 +30,7 @@ STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
     "language": (coding.language, 600),
     "upscaler": (denoising.upscaler, 1200),
     "transformer": (denoising.transformer, 4500),
-    "transformer-fine": (denoising.transformer_fine, 800),
+    "transformer-fine": (denoising.transformer_fine, 4000),
     "distilled": (denoising.distilled, 500),
 }
 

@@ -303,6 +303,21 @@ def test_widths_of_layout_v5_are_read_back(tmp_path):
         assert read.weights[name].table == "A"
 
 
+def test_fitted_norms_leave_the_evidence_of_the_table(tmp_path):
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((256, 1024), np.float32)
+    weight[:, :128] += 1.5  # an eighth of the blocks is clipped by the block's own norm
+    fitted, published = (quantize(weight, norm=norm) for norm in ("fitted", "l2"))
+    moved = (fitted.codes != published.codes).reshape(256, 8, 128).any(axis=2).mean(axis=0)
+    assert moved[0] > 0.95
+    assert (moved[1:] < 0.1).all()
+    export_package(tmp_path / "out", {"w.weight": fitted}, config={})
+    (read,) = open_folder(tmp_path / "out", model_shapes={"w.weight": weight.shape}).weights.values()
+    assert read.table == "A"
+    np.testing.assert_array_equal(read.codes(), fitted.codes)
+    np.testing.assert_array_equal(read.norms(), fitted.norms)
+
+
 # Arrays
 
 

@@ -174,6 +174,7 @@ def test_stored_planes_and_error_are_those_of_the_quantizer(manifest, packed, mi
     [
         replace(RECIPES["published"], bits=2),
         RECIPES["published"],
+        RECIPES["fitted"],
         SCALAR,
         replace(SCALAR, bits=8),
         replace(RECIPES["trellis"], history_bits=3),

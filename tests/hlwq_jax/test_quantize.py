@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hlwq_jax import BEST_RECIPE, TABLES, Recipe, dequantize, lloyd_max, quantize, random_signs
+from hlwq_jax.energy import measure, plausible
 from hlwq_jax.quantize import nearest, rows_at_once
 
 from .conftest import gaussian
@@ -139,7 +140,29 @@ def test_the_least_squares_norm_is_the_best(recipe):
         assert np.sum((decoded.astype(np.float32) - weight) ** 2) / np.sum(weight**2) > best
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), BEST_RECIPE, Recipe(table="converged", norm="least-squares")])
+@pytest.mark.parametrize(("bits", "table", "block_size"), [(5, "A", 128), (5, "B", 64), (4, "C", 128), (6, "A", 64)])
+def test_the_fitted_norm_mends_what_is_clipped_and_its_codes_are_still_those_of_the_table(bits, table, block_size):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((256, 8 * block_size)).astype(np.float32)
+    weight[:, : 2 * block_size] += rng.uniform(0, 1.5, (256, 1))  # two blocks of eight have a mean
+    weight[0, :block_size] = 0.3  # and one has nothing else
+    recipe = {"bits": bits, "table": table, "block_size": block_size}
+    squares, fitted = quantize(weight, **recipe, norm="least-squares"), quantize(weight, **recipe, norm="fitted")
+
+    error, best = relative_error(weight, squares), relative_error(weight, fitted)
+    assert best < 0.5 * error
+    # Most blocks without a mean keep their codes: only few are clipped.
+    centred = slice(2 * block_size, None)
+    assert (squares.codes[:, centred] != fitted.codes[:, centred]).mean() < 0.1
+
+    measured = measure(fitted.codes.reshape(-1, block_size), fitted.centroids)
+    assert measured.num_impossible == 0
+    assert plausible(measured, fitted.centroids, block_size)
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(), Recipe(norm="fitted"), BEST_RECIPE, Recipe(table="converged", norm="least-squares")]
+)
 def test_slices_of_rows_are_quantized_as_the_whole(recipe, monkeypatch):
     monkeypatch.setattr(sys.modules["hlwq_jax.quantize"], "_CHUNK", 16 * 384)
     weight = gaussian(70, 300)
@@ -166,7 +189,7 @@ def test_a_trellis_that_does_not_exist_is_refused():
 
 
 def test_a_zero_block_decodes_to_zero_by_every_recipe():
-    for recipe in (BEST_RECIPE, Recipe(norm="least-squares")):
+    for recipe in (BEST_RECIPE, Recipe(norm="least-squares"), Recipe(norm="fitted")):
         quantized = recipe.quantize(np.zeros((1, 128), np.float32))
         assert quantized.norms[0, 0] == 0
         assert not quantized.dequantize().any()
