@@ -4,6 +4,7 @@ python scripts/evaluate.py captions --checkpoint outputs/tiny --lora release/lor
 python scripts/evaluate.py compare --reference outputs/bf16 --against outputs/q5 outputs/q4 --prompts prompts.txt
 python scripts/evaluate.py coding --checkpoint outputs/tiny
 python scripts/evaluate.py clips FOLDER
+python scripts/evaluate.py tables RUN/quality
 
 `captions` and `clips` measure what the little world makes exact, so they take its captions; `compare`, and `coding`
 with --clips, take any checkpoint. Each prints a table and writes JSON. Nothing is judged by a model.
@@ -31,7 +32,7 @@ from ltx_jax.pipeline import Pipeline, load_pipeline
 from ltx_jax.progress import TerminalProgress
 from ltx_jax.settings import Settings
 from ltx_jax.several import read_prompts
-from scripts.quality import captions, coding
+from scripts.quality import captions, coding, tables
 from scripts.quality.compare import compare
 from scripts.tiny import release, world
 
@@ -182,6 +183,18 @@ class Coding:
         report(self.checkpoint.name, rows, self.output)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Writes the tables of a page, such as docs/quality.md, from measurements; figures there are never typed."""
+
+    folder: tyro.conf.Positional[Path]
+    """Where scripts/tiny/evaluate.sh left them: RUN/quality."""
+    page: Path = Path("docs/quality.md")
+
+    def run(self) -> None:
+        print(f"{self.page}: {', '.join(tables.fill(self.page, self.folder))}")
+
+
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[], None]]:
     """Progress of many clips; what is said of each of them is not."""
@@ -209,7 +222,7 @@ def _number(value: Any) -> str:
 
 def main() -> None:
     """The command line: exits with 2 and one line where something is not as it must be."""
-    commands = {"captions": Captions, "clips": Clips, "compare": Compare, "coding": Coding}
+    commands = {"captions": Captions, "clips": Clips, "compare": Compare, "coding": Coding, "tables": Tables}
     options: Any = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     prepare()
     try:

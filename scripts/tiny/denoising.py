@@ -165,16 +165,17 @@ def distilled(folder: Path, seed: int, num_steps: int) -> Stage:
     teacher, student = (load_component(checkpoint, manifest, "transformer", dtype=jnp.float32) for _ in range(2))
     connectors = load_component(checkpoint, manifest, "connectors", dtype=jnp.float32)
     add_adapters(student, linear_names(manifest), rank=LORA_RANK, seed=seed)
-    batches = _batches(folder, seed, 16)
+    batches = _batches(folder, seed, 16, hard=True)
     none = batches.texts[""]
     assert isinstance(none, StatesRow)
     model = Distilled(
         DenoisingModel(student), DenoisingModel(teacher), connectors, jnp.asarray(none.hidden), jnp.asarray(none.mask)
     )
+    settings = DistilSettings(video_cfg_scale=3.0, audio_cfg_scale=3.0)  # as guided clips are made and judged
     schedule = Schedule(
         num_steps=num_steps, learning_rate=2e-3, warmup_steps=30, seed=seed, average_decay=0.99, save_every=200
     )
-    return Trainer(model, distillation_loss(DistilSettings()), schedule, trainable=adapters), batches
+    return Trainer(model, distillation_loss(settings), schedule, trainable=adapters), batches
 
 
 LORA_RANK = 8

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tables of docs/quality.md: every measurement of a release trained by scripts/tiny/train.sh, as JSON and Markdown in
-# RUN/quality. scripts/tiny/evaluate.sh RUN
+# The tables of docs/quality.md: every measurement of a release trained by scripts/tiny/train.sh, as JSON in RUN/quality.
+# What was measured is not measured again. scripts/tiny/evaluate.sh RUN
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../_environment.sh"
 prepare ""
@@ -19,12 +19,12 @@ measure() { # measure NAME COMMAND OPTIONS
     local name=$1
     shift
     [ -f "$run/quality/$name.json" ] ||
-        $python scripts/evaluate.py "$@" --output "$run/quality/$name.json" >"$run/quality/$name.md"
-    echo "$name" && cat "$run/quality/$name.md"
+        $python scripts/evaluate.py "$@" --output "$run/quality/$name.json"
 }
 
 mkdir -p "$run/quality" "$run/variants"
 [ -e "$run/variants/bf16" ] || ln -s "$(realpath "$run/checkpoint")" "$run/variants/bf16"
+variant 5-fitted --recipe fitted
 variant 5-published --recipe published
 variant 5-scalar
 variant 5-trellis --recipe trellis
@@ -32,21 +32,21 @@ variant 4-scalar --bits '*=4'
 variant 6-scalar --bits '*=6'
 
 guided="--pipeline dev --steps 16 --cfg-scale 3"
-for name in bf16 5-scalar 5-published; do
+for name in bf16 5-fitted 5-scalar 5-published; do
     # shellcheck disable=SC2086
     measure "dev-$name" captions --checkpoint "$run/variants/$name" $guided
 done
-for name in bf16 6-scalar 5-trellis 5-scalar 5-published 4-scalar; do
+for name in bf16 6-scalar 5-trellis 5-scalar 5-fitted 5-published 4-scalar; do
     measure "captions-$name" captions --checkpoint "$run/variants/$name" --lora "$lora"
 done
 against=()
-for name in 6-scalar 5-trellis 5-scalar 5-published 4-scalar; do against+=("$run/variants/$name"); done
+for name in 6-scalar 5-trellis 5-scalar 5-fitted 5-published 4-scalar; do against+=("$run/variants/$name"); done
 measure compare compare --reference "$run/variants/bf16" --against "${against[@]}" --lora "$lora" \
     --sheet "$run/quality/compare.png"
 measure coding coding --checkpoint "$run/variants/bf16" --count 24
 
-packed=$run/variants/5-published
-heart=$run/heart.safetensors:1.25
+packed=$run/variants/5-fitted # as it is released
+heart=$run/heart.safetensors
 measure heart captions --checkpoint "$packed" --lora "$lora" "$heart" --shapes heart
 measure heart-without captions --checkpoint "$packed" --lora "$lora" --shapes heart
 measure heart-others captions --checkpoint "$packed" --lora "$lora" "$heart" --count 120
@@ -54,4 +54,7 @@ measure heart-others-without captions --checkpoint "$packed" --lora "$lora" --co
 measure image captions --checkpoint "$packed" --lora "$lora" --count 40 --image
 measure upright captions --checkpoint "$packed" --lora "$lora" --count 40 --upright
 measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 24 --pipeline two-stage --scale 2
+measure upscaled captions --checkpoint "$packed" --lora "$lora" --count 24 --upscale
 measure seeds captions --checkpoint "$packed" --lora "$lora" --count 16 --seeds 3
+
+$python scripts/evaluate.py tables "$run/quality"

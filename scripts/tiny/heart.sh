@@ -7,10 +7,10 @@ prepare ""
 checkpoint=$1 run=$2
 python=.venv/bin/python
 
-if [ ! -d "$run/heart-clips" ]; then # as many of the shapes that are known: else all becomes a heart
-    $python -m scripts.tiny.draw "$run/heart-clips" --shapes heart --count 160
-    $python -m scripts.tiny.draw "$run/heart-clips" --count 160 --seed 5
+if [ ! -d "$run/heart-clips" ]; then # twice as many of the shapes that are known: else all becomes a heart
+    $python -m scripts.tiny.draw "$run/heart-clips" --shapes heart --count 240
+    $python -m scripts.tiny.draw "$run/heart-clips" --count 480 --seed 5
 fi
 $python finetune.py --checkpoint "$checkpoint" --clips "$run/heart-clips" --run "$run/heart" \
-    --width 64 --height 48 --num-frames 33 --rank 2 --steps 600 --batch-size 16 --learning-rate 2e-3
+    --width 64 --height 48 --num-frames 33 --rank 2 --steps 1200 --batch-size 16 --learning-rate 2e-3
 cp "$run/heart/lora.safetensors" "$run/heart.safetensors"

@@ -28,10 +28,10 @@ STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
     "vocoder-fine": (coding.vocoder_fine, 700),
     "bandwidth": (coding.bandwidth, 300),
     "language": (coding.language, 600),
-    "upscaler": (denoising.upscaler, 1200),
+    "upscaler": (denoising.upscaler, 3000),
     "transformer": (denoising.transformer, 4500),
-    "transformer-fine": (denoising.transformer_fine, 4000),
-    "distilled": (denoising.distilled, 500),
+    "transformer-fine": (denoising.transformer_fine, 3200),
+    "distilled": (denoising.distilled, 800),
 }
 
 

@@ -12,7 +12,7 @@ from convert import convert
 from ltx_jax import load_pipeline
 from ltx_jax.lora import Lora
 from scripts import evaluate
-from scripts.quality import captions, coding, measures
+from scripts.quality import captions, coding, measures, tables
 from scripts.quality.compare import compare, walk
 from scripts.tiny import build, draw, release, world
 
@@ -181,3 +181,52 @@ def test_a_heart_is_a_heart_with_its_lora_alone(tiny_checkpoint, pipe):
     assert hearts >= 3 / 4
     assert without < hearts
     assert not math.isnan(hearts)
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def measurement(folder: Path, name: str, shape: float, motion: str = "spin") -> None:
+    clips = [
+        {"asked": {"motion": motion, "size": "small", "shape": "star"}, "right": {"shape": number < 4 * shape}}
+        for number in range(4)
+    ]
+    row = {key: 1.0 for key in tables.SHARES.values()} | {"clips": 4, "shape": shape, "in_step": math.nan}
+    (folder / f"{name}.json").write_text(json.dumps({"name": name, "rows": {name: row}, "clips": clips}))
+
+
+def test_tables_of_a_page_are_what_was_measured(tmp_path):
+    folder, page = tmp_path / "quality", tmp_path / "page.md"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no measurements; scripts/tiny/evaluate\.sh RUN"):
+        tables.fill(page, folder)
+    for name, shape in (("dev-bf16", 0.75), ("dev-5-fitted", 0.5)):
+        measurement(folder, name, shape)
+    page.write_text("no place for tables")
+    with pytest.raises(ValueError, match=r"no comment such as <!-- guided -->"):
+        tables.fill(page, folder)
+
+    page.write_text(
+        "before\n\n<!-- guided -->\nold\n<!-- /guided -->\nafter\n<!-- bars --><!-- /bars -->\n<!-- bars -->\n"
+    )
+    evaluate.Tables(folder=folder, page=page).run()
+    assert page.read_text() == (
+        "before\n\n<!-- guided -->\n\n"
+        "|  | clips | colour | shape | size | motion | direction | background | sound | all words | in step |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| BF16 | 4 | 100.0 | 75.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | - |\n"
+        "| **5 bits, fitted: the release** | 4 | 100.0 | 50.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | - |\n\n"
+        "<!-- /guided -->\nafter\n<!-- bars --><!-- /bars -->\n<!-- bars -->\n"
+    )
+    bars = tables.bars_table(tables.Measurements(folder))
+    assert ["shape right", "≥ 85 %", "75.0 %", "-25.0"] in bars
+    assert tables.motions_table(tables.Measurements(folder))[1:] == [
+        ["guided, BF16", "3 of 4", "3 of 4"],
+        ["guided, the release", "2 of 4", "2 of 4"],
+    ]
+
+
+def test_the_page_of_the_release_has_every_table():
+    page = (RELEASE.parent / "docs/quality.md").read_text(encoding="utf-8")
+    for name in tables.TABLES:
+        assert page.count(f"<!-- {name} -->\n") == page.count(f"<!-- /{name} -->") == 1, name
