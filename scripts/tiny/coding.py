@@ -30,7 +30,7 @@ from ltx_jax.training.autoencoders import (
 from ltx_jax.training.language import Texts, language_loss
 from ltx_jax.training.loop import Schedule, Trainer
 from scripts.tiny import clips, release, words, world
-from scripts.tiny.stages import CONFIGS, Stage, muon, trained
+from scripts.tiny.stages import CONFIGS, Run, Stage, muon, trained
 
 # Clips are numbered on from one stage of the video autoencoder to the next, four a step.
 SHARP_FROM, FINE_FROM, DECODER_FROM = 5000, 9000, 10600
@@ -44,27 +44,29 @@ def _clips(step: int, seed: int) -> np.ndarray:
     return np.stack([clips.clip_of(4 * step + i, seed=seed, upright=step % 3 == 2) for i in range(4)])
 
 
-def video_vae(folder: Path, seed: int, num_steps: int) -> Stage:
-    model = VideoVAE(CONFIGS.video_vae, rngs=nnx.Rngs(seed))
+def video_vae(run: Run) -> Stage:
+    model = VideoVAE(CONFIGS.video_vae, rngs=nnx.Rngs(run.seed))
     start_smoothly(model)
-    return Trainer(model, video_vae_loss, muon(num_steps, seed)), lambda step: _clips(step, seed)
+    return Trainer(model, video_vae_loss, muon(run.num_steps, run.seed)), lambda step: _clips(step, run.seed)
 
 
-def video_vae_sharp(folder: Path, seed: int, num_steps: int) -> Stage:
+def video_vae_sharp(run: Run) -> Stage:
     """The same on, with other clips, where edges count."""
     loss = partial(video_vae_loss, edge_weight=0.5)
-    schedule = muon(num_steps, seed + 1, learning_rate=6e-3)
-    return Trainer(trained(folder, "video-vae"), loss, schedule), lambda step: _clips(step + SHARP_FROM, seed)
+    schedule = muon(run.num_steps, run.seed + 1, learning_rate=6e-3)
+    return Trainer(trained(run.folder, "video-vae"), loss, schedule), lambda step: _clips(step + SHARP_FROM, run.seed)
 
 
-def video_vae_fine(folder: Path, seed: int, num_steps: int) -> Stage:
+def video_vae_fine(run: Run) -> Stage:
     """And on, where outlines count most: what tells a square from a circle is a few pixels."""
     loss = partial(video_vae_loss, edge_weight=0.5, outline_weight=4.0)
-    schedule = muon(num_steps, seed + 2, learning_rate=4e-3)
-    return Trainer(trained(folder, "video-vae-sharp"), loss, schedule), lambda step: _clips(step + FINE_FROM, seed)
+    schedule = muon(run.num_steps, run.seed + 2, learning_rate=4e-3)
+    return Trainer(trained(run.folder, "video-vae-sharp"), loss, schedule), lambda step: _clips(
+        step + FINE_FROM, run.seed
+    )
 
 
-def video_decoder(folder: Path, seed: int, num_steps: int) -> Stage:
+def video_decoder(run: Run) -> Stage:
     """And the decoder alone: latents stay what they are, so what was trained on them stays right."""
 
     def decoding(path: Any, value: Any) -> bool:
@@ -72,19 +74,22 @@ def video_decoder(folder: Path, seed: int, num_steps: int) -> Stage:
 
     loss = partial(video_vae_loss, edge_weight=0.5, outline_weight=6.0)
     trainer = Trainer(
-        trained(folder, "video-vae-fine"), loss, muon(num_steps, seed + 3, learning_rate=3e-3), trainable=decoding
+        trained(run.folder, "video-vae-fine"),
+        loss,
+        muon(run.num_steps, run.seed + 3, learning_rate=3e-3),
+        trainable=decoding,
     )
-    return trainer, lambda step: _clips(step + DECODER_FROM, seed)
+    return trainer, lambda step: _clips(step + DECODER_FROM, run.seed)
 
 
-def audio_vae(folder: Path, seed: int, num_steps: int) -> Stage:
+def audio_vae(run: Run) -> Stage:
     def batches(step: int) -> jax.Array:
-        return clips.mel_of(clips.sounds_of(range(4 * step, 4 * step + 4), seed=seed), CONFIGS.audio_vae)
+        return clips.mel_of(clips.sounds_of(range(4 * step, 4 * step + 4), seed=run.seed), CONFIGS.audio_vae)
 
-    model: Any = AudioVAE(CONFIGS.audio_vae, rngs=nnx.Rngs(seed))
+    model: Any = AudioVAE(CONFIGS.audio_vae, rngs=nnx.Rngs(run.seed))
     # Logarithms of silence are far from zero, and a bias learns slowly.
     model.decoder.conv_out.bias.set_value(jnp.full(2, jnp.mean(batches(0))))
-    return Trainer(model, audio_vae_loss, muon(num_steps, seed)), batches
+    return Trainer(model, audio_vae_loss, muon(run.num_steps, run.seed)), batches
 
 
 def _mels_and_sounds(folder: Path, seed: int, first_step: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
@@ -114,55 +119,55 @@ def _mels_and_sounds(folder: Path, seed: int, first_step: int) -> Callable[[int]
     return batches
 
 
-def vocoder(folder: Path, seed: int, num_steps: int) -> Stage:
+def vocoder(run: Run) -> Stage:
     """The base generator."""
-    batches = _mels_and_sounds(folder, seed, 0)
-    model = Vocoder(CONFIGS.vocoder, rngs=nnx.Rngs(seed))
+    batches = _mels_and_sounds(run.folder, run.seed, 0)
+    model = Vocoder(CONFIGS.vocoder, rngs=nnx.Rngs(run.seed))
     set_filters(model)
     # Logarithms of magnitudes are large, and make a loud noise of the first weights.
     model.base.conv_post.kernel.set_value(0.01 * model.base.conv_post.kernel[...])
     centre(model.base, float(np.mean(batches(0)[0])))
     loss = partial(vocoder_loss, waveform_weight=2.0)
-    return Trainer(model, loss, muon(num_steps, seed), trainable=learnt("base")), batches
+    return Trainer(model, loss, muon(run.num_steps, run.seed), trainable=learnt("base")), batches
 
 
-def vocoder_fine(folder: Path, seed: int, num_steps: int) -> Stage:
+def vocoder_fine(run: Run) -> Stage:
     """The same on, where samples count more: the highest partials, which few chords have, are learnt last."""
     loss = partial(vocoder_loss, waveform_weight=6.0)
-    schedule = muon(num_steps, seed + 1, learning_rate=6e-3)
-    trainer = Trainer(trained(folder, "vocoder"), loss, schedule, trainable=learnt("base"))
-    return trainer, _mels_and_sounds(folder, seed, VOCODER_FINE_FROM)
+    schedule = muon(run.num_steps, run.seed + 1, learning_rate=6e-3)
+    trainer = Trainer(trained(run.folder, "vocoder"), loss, schedule, trainable=learnt("base"))
+    return trainer, _mels_and_sounds(run.folder, run.seed, VOCODER_FINE_FROM)
 
 
-def bandwidth(folder: Path, seed: int, num_steps: int) -> Stage:
+def bandwidth(run: Run) -> Stage:
     """The generator of high frequencies, which only clicks have; it begins as none."""
 
     def batches(step: int) -> tuple[np.ndarray, np.ndarray]:
         indices = range(3 * step, 3 * step + 3)
         rates = CONFIGS.vocoder.input_sample_rate_hz, CONFIGS.vocoder.sample_rate_hz
-        start = int(np.random.default_rng([seed, step]).integers(16)) * CONFIGS.vocoder.bwe_hop_length * 10
-        low, high = (clips.sounds_of(indices, seed=seed, sample_rate_hz=rate, grid_hz=GRID_HZ) for rate in rates)
+        start = int(np.random.default_rng([run.seed, step]).integers(16)) * CONFIGS.vocoder.bwe_hop_length * 10
+        low, high = (clips.sounds_of(indices, seed=run.seed, sample_rate_hz=rate, grid_hz=GRID_HZ) for rate in rates)
         ratio = rates[1] // rates[0]
         return low[:, start : start + 12800], high[:, start * ratio : (start + 12800) * ratio]
 
-    model = trained(folder, "vocoder-fine")
+    model = trained(run.folder, "vocoder-fine")
     model.bwe.conv_post.kernel.set_value(jnp.zeros_like(model.bwe.conv_post.kernel[...]))
-    schedule = Schedule(num_steps=num_steps, learning_rate=1e-3, warmup_steps=50, seed=seed)
+    schedule = Schedule(num_steps=run.num_steps, learning_rate=1e-3, warmup_steps=50, seed=run.seed)
     return Trainer(model, bandwidth_loss, schedule, trainable=learnt("bwe")), batches
 
 
-def language(folder: Path, seed: int, num_steps: int) -> Stage:
+def language(run: Run) -> Stage:
     """The text encoder, as a language model of captions."""
-    words.write_tokenizer(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    words.write_tokenizer(run.folder / "tokenizer")
+    tokenizer = load_tokenizer(run.folder / "tokenizer")
 
     def batches(step: int) -> Texts:
-        toys = [world.sample("train", seed, 32 * step + i) for i in range(32)]
+        toys = [world.sample("train", run.seed, 32 * step + i) for i in range(32)]
         return Texts(*tokenize(tokenizer, [toy.paraphrase for toy in toys]))
 
     assert CONFIGS.gemma is not None
-    schedule = Schedule(num_steps=num_steps, learning_rate=3e-3, seed=seed, average_decay=0.99)
-    return Trainer(Gemma(CONFIGS.gemma, rngs=nnx.Rngs(seed)), language_loss, schedule), batches
+    schedule = Schedule(num_steps=run.num_steps, learning_rate=3e-3, seed=run.seed, average_decay=0.99)
+    return Trainer(Gemma(CONFIGS.gemma, rngs=nnx.Rngs(run.seed)), language_loss, schedule), batches
 
 
 def set_statistics(model: VideoVAE | AudioVAE, seed: int) -> None:

@@ -27,25 +27,24 @@ from ltx_jax.training.flow import DenoisingModel, FlowSettings, flow_loss, start
 from ltx_jax.training.loop import Schedule, Trainer
 from ltx_jax.training.upscaling import LatentPairs, upscaler_loss
 from scripts.tiny import clips, release, words, world
-from scripts.tiny.stages import CONFIGS, FINAL, Stage, muon, trained
+from scripts.tiny.stages import CONFIGS, FINAL, Run, Stage, muon, trained
 
-NUM_CLIPS = 8000  # with latents kept, one of four upright
-NUM_LARGE = 800  # of them, kept at the second stage's size too
+LARGE = 10  # one clip of so many is kept at the second stage's size too
 CLIPS_AT_ONCE = 8
 Size = Literal["small", "large"]
 
 
 @dataclass(frozen=True)
 class EncodedWorld:
-    """Training clips of the world as latents, encoded once and kept in `folder/latents`."""
+    """Training clips of the world as latents, encoded once and kept in `run.folder/latents`; one of four is upright."""
 
-    folder: Path
-    seed: int
+    run: Run
 
     def examples(self, size: Size) -> list[Example]:
         """The clips of one size, in order; the first of the small ones are the large ones, smaller."""
-        toys = [world.sample("train", self.seed + 1, i) for i in range(NUM_CLIPS if size == "small" else NUM_LARGE)]
-        files = [self.folder / "latents" / size / f"{index:05d}.safetensors" for index in range(len(toys))]
+        count = self.run.num_clips if size == "small" else -(-self.run.num_clips // LARGE)
+        toys = [world.sample("train", self.run.seed + 1, i) for i in range(count)]
+        files = [self.run.folder / "latents" / size / f"{index:05d}.safetensors" for index in range(len(toys))]
         missing = [index for index, file in enumerate(files) if not file.is_file()]
         groups = [[index for index in missing if _is_upright(index) == upright] for upright in (False, True)]
         parts = [group[i : i + CLIPS_AT_ONCE] for group in groups for i in range(0, len(group), CLIPS_AT_ONCE)]
@@ -70,11 +69,11 @@ class EncodedWorld:
 
     @cached_property
     def _video_vae(self):
-        return trained(self.folder, FINAL["video_vae"])
+        return trained(self.run.folder, FINAL["video_vae"])
 
     @cached_property
     def _audio_vae(self):
-        return trained(self.folder, FINAL["audio_vae"])
+        return trained(self.run.folder, FINAL["audio_vae"])
 
 
 def _is_upright(index: int) -> bool:
@@ -97,50 +96,57 @@ def read_captions(folder: Path, captions: Iterable[str]) -> dict[str, StatesRow]
     return rows
 
 
-def _batches(folder: Path, seed: int, batch_size: int, *, hard: bool = False) -> Examples:
+def _batches(run: Run, batch_size: int, *, hard: bool = False) -> Examples:
     """Both sizes of clips, with what the text encoder makes of their captions.
 
     With `hard` what is learnt last comes more often: clicks, which must fall on a bounce, small stars, whose corners
     are a pixel, and what spins, a third of all then.
     """
-    encoded = EncodedWorld(folder, seed)
+    encoded = EncodedWorld(run)
     examples = [*encoded.examples("small"), *encoded.examples("large")]
     if hard:
         examples += 3 * [example for example in examples if "click" in example.caption]
         examples += [example for example in examples if "small" in example.caption and "star" in example.caption]
         examples += 4 * [example for example in examples if "spins" in example.caption]
-    texts = read_captions(folder, (example.caption for example in examples))
-    return Examples(examples, texts, CONFIGS, batch_size=batch_size, seed=seed)
+    texts = read_captions(run.folder, (example.caption for example in examples))
+    return Examples(examples, texts, CONFIGS, batch_size=batch_size, seed=run.seed)
 
 
-def transformer(folder: Path, seed: int, num_steps: int) -> Stage:
+def transformer(run: Run) -> Stage:
     """The diffusion transformer and its connectors."""
     model = DenoisingModel(
-        Transformer(CONFIGS.transformer, rngs=nnx.Rngs(seed)),
-        TextConnectors(CONFIGS.connectors, rngs=nnx.Rngs(seed + 1)),
+        Transformer(CONFIGS.transformer, rngs=nnx.Rngs(run.seed)),
+        TextConnectors(CONFIGS.connectors, rngs=nnx.Rngs(run.seed + 1)),
     )
     start_quietly(model.transformer)
     schedule = Schedule(
-        num_steps=num_steps, learning_rate=1e-2, adam_learning_rate=2e-3, optimizer="muon", warmup_steps=100, seed=seed,
-        average_decay=0.998,
+        num_steps=run.num_steps, learning_rate=1e-2, adam_learning_rate=2e-3, optimizer="muon", warmup_steps=100,
+        seed=run.seed, average_decay=0.998,
     )  # fmt: skip
-    return Trainer(model, flow_loss(FlowSettings()), schedule), _batches(folder, seed, 32)
+    return Trainer(model, flow_loss(FlowSettings()), schedule), _batches(run, 32)
 
 
-def transformer_fine(folder: Path, seed: int, num_steps: int) -> Stage:
+def transformer_fine(run: Run) -> Stage:
     """The same on, where what is hard comes more often."""
-    model = DenoisingModel(trained(folder, "transformer", "transformer"), trained(folder, "transformer", "connectors"))
+    model = DenoisingModel(
+        trained(run.folder, "transformer", "transformer"), trained(run.folder, "transformer", "connectors")
+    )
     schedule = Schedule(
-        num_steps=num_steps, learning_rate=8e-3, adam_learning_rate=1.5e-3, optimizer="muon", warmup_steps=50,
-        seed=seed + 1, average_decay=0.998, save_every=200,
+        num_steps=run.num_steps, learning_rate=8e-3, adam_learning_rate=1.5e-3, optimizer="muon", warmup_steps=50,
+        seed=run.seed + 1, average_decay=0.998, save_every=200,
     )  # fmt: skip
-    batches = _batches(folder, seed, 32, hard=True)
+    batches = _batches(run, 32, hard=True)
     return Trainer(model, flow_loss(FlowSettings()), schedule), lambda step: batches(step + 10_000)
 
 
-def upscaler(folder: Path, seed: int, num_steps: int) -> Stage:
-    """The latent upscaler by two, on clips that are kept at both sizes; one of three batches is upright."""
-    encoded = EncodedWorld(folder, seed)
+def upscaler(run: Run) -> Stage:
+    """The latent upscaler by two, on clips that are kept at both sizes; one of three batches is upright.
+
+    Raises ValueError for so few clips that none of the large ones is upright.
+    """
+    if run.num_clips <= 3 * LARGE:
+        raise ValueError(f"of {run.num_clips} clips no large one is upright: take more than {3 * LARGE}")
+    encoded = EncodedWorld(run)
     pairs = [
         (small.latents.video, large.latents.video)
         for small, large in zip(encoded.examples("small"), encoded.examples("large"), strict=False)
@@ -150,22 +156,22 @@ def upscaler(folder: Path, seed: int, num_steps: int) -> Stage:
 
     def batches(step: int) -> LatentPairs:
         small, large = columns[step % 3 == 2]
-        chosen = np.random.default_rng([seed, step]).integers(len(small), size=8)
+        chosen = np.random.default_rng([run.seed, step]).integers(len(small), size=8)
         return LatentPairs(jnp.asarray(small[chosen]), jnp.asarray(large[chosen]))
 
-    model = LatentUpscaler(CONFIGS.upscalers["upscaler_spatial_x2"], rngs=nnx.Rngs(seed))
-    statistics = trained(folder, FINAL["video_vae"]).statistics
-    return Trainer(model, upscaler_loss(statistics), muon(num_steps, seed)), batches
+    model = LatentUpscaler(CONFIGS.upscalers["upscaler_spatial_x2"], rngs=nnx.Rngs(run.seed))
+    statistics = trained(run.folder, FINAL["video_vae"]).statistics
+    return Trainer(model, upscaler_loss(statistics), muon(run.num_steps, run.seed)), batches
 
 
-def distilled(folder: Path, seed: int, num_steps: int) -> Stage:
+def distilled(run: Run) -> Stage:
     """A LoRA with which eight steps without guidance do what many guided ones do."""
-    checkpoint = folder / "checkpoint"
+    checkpoint = run.folder / "checkpoint"
     manifest = Manifest.read(checkpoint)
     teacher, student = (load_component(checkpoint, manifest, "transformer", dtype=jnp.float32) for _ in range(2))
     connectors = load_component(checkpoint, manifest, "connectors", dtype=jnp.float32)
-    add_adapters(student, linear_names(manifest), rank=LORA_RANK, seed=seed)
-    batches = _batches(folder, seed, 16, hard=True)
+    add_adapters(student, linear_names(manifest), rank=LORA_RANK, seed=run.seed)
+    batches = _batches(run, 16, hard=True)
     none = batches.texts[""]
     assert isinstance(none, StatesRow)
     model = Distilled(
@@ -173,7 +179,7 @@ def distilled(folder: Path, seed: int, num_steps: int) -> Stage:
     )
     settings = DistilSettings(video_cfg_scale=3.0, audio_cfg_scale=3.0)  # as guided clips are made and judged
     schedule = Schedule(
-        num_steps=num_steps, learning_rate=2e-3, warmup_steps=30, seed=seed, average_decay=0.99, save_every=200
+        num_steps=run.num_steps, learning_rate=2e-3, warmup_steps=30, seed=run.seed, average_decay=0.99, save_every=200
     )
     return Trainer(model, distillation_loss(settings), schedule, trainable=adapters), batches
 

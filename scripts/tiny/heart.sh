@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Teaches a checkpoint of the miniature release a shape that it has never seen, from a folder of clips: the LoRA is
-# RUN/heart.safetensors. scripts/tiny/heart.sh CHECKPOINT RUN
+# RUN/heart.safetensors. scripts/tiny/heart.sh CHECKPOINT RUN [OPTIONS of finetune.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../_environment.sh"
 prepare ""
@@ -12,5 +12,5 @@ if [ ! -d "$run/heart-clips" ]; then # twice as many of the shapes that are know
     $python -m scripts.tiny.draw "$run/heart-clips" --count 480 --seed 5
 fi
 $python finetune.py --checkpoint "$checkpoint" --clips "$run/heart-clips" --run "$run/heart" \
-    --width 64 --height 48 --num-frames 33 --rank 2 --steps 1200 --batch-size 16 --learning-rate 2e-3
+    --width 64 --height 48 --num-frames 33 --rank 2 --steps 1200 --batch-size 16 --learning-rate 2e-3 "${@:3}"
 cp "$run/heart/lora.safetensors" "$run/heart.safetensors"

@@ -1,6 +1,7 @@
 """What the stages of training share: their configuration, their schedule, and the models that earlier ones left."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ from ltx_jax.checkpoint import MODELS
 from ltx_jax.models.upscaler import LatentUpscaler
 from ltx_jax.training.loop import Schedule, Trainer
 from scripts.tiny import release
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training of the release: where it is kept, and how long a stage of it is."""
+
+    folder: Path
+    num_steps: int  # of the stage
+    seed: int = 0
+    num_clips: int = 8000  # whose latents the transformer and the upscaler are trained on
+
 
 # A trainer and its batches. What is made is left in FOLDER/STAGE.safetensors.
 Stage = tuple[Trainer, Callable[[int], Any]]

@@ -16,9 +16,9 @@ from ltx_jax.models.audio_vae import AudioVAE
 from ltx_jax.models.video_vae import VideoVAE
 from ltx_jax.progress import TerminalProgress
 from scripts.tiny import coding, denoising, release
-from scripts.tiny.stages import COMPONENTS, Stage
+from scripts.tiny.stages import COMPONENTS, Run, Stage
 
-STAGES: dict[str, tuple[Callable[[Path, int, int], Stage], int]] = {
+STAGES: dict[str, tuple[Callable[[Run], Stage], int]] = {
     "video-vae": (coding.video_vae, coding.SHARP_FROM),
     "video-vae-sharp": (coding.video_vae_sharp, coding.FINE_FROM - coding.SHARP_FROM),
     "video-vae-fine": (coding.video_vae_fine, coding.DECODER_FROM - coding.FINE_FROM),
@@ -41,13 +41,17 @@ def main(
     *,
     seed: int = 0,
     steps: int | None = None,
+    clips: int = Run.num_clips,
 ) -> None:
-    """Trains a stage of the miniature release, or goes on with it; what is finished is `FOLDER/STAGE.safetensors`."""
+    """Trains a stage of the miniature release, or goes on with it; what is finished is `FOLDER/STAGE.safetensors`.
+
+    `clips` are those whose latents the transformer is trained on, encoded once for all stages.
+    """
     if stage not in STAGES:
         raise SystemExit(f"stage must be one of {', '.join(STAGES)}; got {stage!r}")
     prepare()
     make, num_steps = STAGES[stage]
-    trainer, batches = make(folder, seed, steps or num_steps)
+    trainer, batches = make(Run(folder=folder, num_steps=steps or num_steps, seed=seed, num_clips=clips))
     trainer.train(batches, folder / stage, progress=TerminalProgress(), name=stage)
     model = trainer.model()
     path = folder / f"{stage}.safetensors"
