@@ -23,7 +23,7 @@ from ltx_jax.geometry import VideoGrid
 from ltx_jax.load import load_component
 from ltx_jax.progress import TerminalProgress
 from ltx_jax.stack import count_layers, module_at
-from ltx_jax.training.adapters import adapters, add_adapters, write_adapters
+from ltx_jax.training.adapters import TARGETS, adapters, add_adapters, targeted, write_adapters
 from ltx_jax.training.data import Examples, contexts_of, encode_folder
 from ltx_jax.training.flow import DenoisingModel, FlowSettings, flow_loss
 from ltx_jax.training.loop import Schedule, Trainer
@@ -48,6 +48,9 @@ class Arguments:
     """Frames a second to read clips at; without it, those of each clip."""
     rank: int = 16
     """Of the adapters."""
+    targets: str = TARGETS
+    """A regular expression that published names of linears match as a whole: those get adapters. For a picture alone:
+    'transformer_blocks\\.\\d+\\.(attn1|attn2|ff)\\..*'"""
     full: bool = False
     """Train all weights instead of adapters; they must not be packed. Leaves transformer.safetensors."""
     steps: int = 1000
@@ -80,6 +83,9 @@ def finetune(options: Arguments) -> Path:
             f"the transformer of {options.checkpoint} is packed, and packed weights are not trained: leave out --full "
             "for adapters beside them, or convert the official checkpoint without --quantize"
         )
+    names = engine.manifest.linears_below("model.diffusion_model.", "transformer")
+    if not options.full:
+        targeted(names, options.targets)  # before clips are encoded
     kept = options.run / "encoded"
     size = {"width": options.width, "height": options.height, "num_frames": options.num_frames}
     examples = encode_folder(engine, options.clips, kept, **size, fps=options.fps)
@@ -90,11 +96,10 @@ def finetune(options: Arguments) -> Path:
         seed=options.seed,
     )  # fmt: skip
 
-    names = engine.manifest.linears_below("model.diffusion_model.", "transformer")
     cast = jnp.float32 if engine.dtype == jnp.float32 else None
     transformer = load_component(options.checkpoint, engine.manifest, "transformer", dtype=cast)
     if not options.full:
-        add_adapters(transformer, names, rank=options.rank, seed=options.seed)
+        add_adapters(transformer, names, rank=options.rank, targets=options.targets, seed=options.seed)
     schedule = Schedule(
         num_steps=options.steps, learning_rate=options.learning_rate, warmup_steps=min(100, options.steps // 10),
         accumulate=options.accumulate, precision=jnp.dtype(options.precision), save_every=options.save_every,

@@ -63,6 +63,8 @@ def test_captions_need_a_text_encoder(ltx_dir, clips, tmp_path):
         ({"num_frames": 8}, "num_frames must be 8k \\+ 1"),
         ({"num_frames": 17}, "1 of 1 clips have fewer than 17 frames"),
         ({"clips": Path("nowhere")}, "nowhere holds no clips"),
+        ({"targets": "to_q"}, r"no linear matches 'to_q'; there are \d+, such as"),
+        ({"targets": "to_(q"}, "targets must be a regular expression"),
     ],
 )
 def test_what_is_wrong_is_said(mini_checkpoint, clips, tmp_path, changes, told):

@@ -27,6 +27,21 @@ from ltx_jax.stack import locate, walk
 TARGETS = r"transformer_blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"
 
 
+def targeted(linear_names: Mapping[str, str], targets: str = TARGETS) -> list[str]:
+    """The paths of linears whose published names match a regular expression as a whole.
+
+    Raises ValueError for one that matches nothing, or is none.
+    """
+    try:
+        chosen = [path for name, path in linear_names.items() if re.fullmatch(targets, name)]
+    except re.error as error:
+        raise ValueError(f"targets must be a regular expression; {targets!r} is none: {error}") from error
+    if not chosen:
+        some = ", ".join(sorted(linear_names)[:4])
+        raise ValueError(f"no linear matches {targets!r}; there are {len(linear_names)}, such as {some}")
+    return chosen
+
+
 def add_adapters(
     model: nnx.Module, linear_names: Mapping[str, str], *, rank: int, targets: str = TARGETS, seed: int = 0
 ) -> int:
@@ -34,14 +49,11 @@ def add_adapters(
 
     `linear_names` maps published names to paths in the model (`Manifest.linears_below`); `targets` is a regular
     expression that the names of adapted ones match. Layers may be stacked: all of a stack are adapted together.
-    Raises ValueError for a rank below one, for a pattern that matches nothing, and for linears that have adapters.
+    Raises ValueError for a rank below one, for linears that have adapters, and as `targeted` does.
     """
     if rank < 1:
         raise ValueError(f"the rank of adapters must be at least 1, got {rank}")
-    chosen = [path for name, path in linear_names.items() if re.fullmatch(targets, name)]
-    if not chosen:
-        some = ", ".join(sorted(linear_names)[:4])
-        raise ValueError(f"no linear matches {targets!r}; there are {len(linear_names)}, such as {some}")
+    chosen = targeted(linear_names, targets)
     places = list(dict.fromkeys(locate(model, path)[0] for path in chosen))
     key = jax.random.key(seed)
     for number, place in enumerate(places):
