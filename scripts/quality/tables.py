@@ -139,6 +139,7 @@ def coding_table(found: Measurements) -> Table:
 TABLES: Mapping[str, Callable[[Measurements], Table]] = {
     "guided": lambda found: captions_table(found, VARIANTS, "dev-"),
     "eight": lambda found: captions_table(found, VARIANTS, "captions-"),
+    "three": lambda found: captions_table(found, VARIANTS, "three-"),
     "bars": bars_table,
     "motions": motions_table,
     "compare": compare_table,
