@@ -213,7 +213,7 @@ def test_a_weight_of_zeros_is_exact():
         ({"gemma_bits": 1}, "got 1"),
         ({"quantize": ["adaln", "gates"]}, "nothing called gates.*blocks, connectors, projection, adaln"),
         ({"quantize": ["gemma"]}, "nothing called gemma"),
-        ({"recipe": "finest"}, "no recipe is called finest; there are published, scalar, trellis"),
+        ({"recipe": "finest"}, "no recipe is called finest; there are published, fitted, scalar, trellis"),
         ({"bits": "blocks.0"}, "bits are given as blocks.0=8.*got 'blocks.0'"),
         ({"bits": "blocks.0=9"}, "bits of blocks.0 must be 2 to 8, or 16"),
     ],

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
 from itertools import groupby
@@ -244,6 +244,15 @@ def test_killed_conversions_are_gone_on_with_to_the_same_bytes(
     assert counted >= chains * kills * 0.8, f"only {counted} were killed while they wrote"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal's programs have it: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_is_written_and_the_same_command_goes_on(few, mini_release, tmp_path, monkeypatch, capsys):
     few(tmp_path / "expected")
     synced: list[str] = []
