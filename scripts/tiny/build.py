@@ -70,14 +70,13 @@ def restore(folder: Path, source: Path) -> None:
 
     The transformer and its connectors are packed in the release: theirs are the BF16 weights kept beside this code.
     """
-    main, gemma, (upscaler,) = (
-        source / PACKAGE / "bf16" / "model_bf16.safetensors",
-        source / GEMMA / "model.safetensors",
-        CONFIGS.upscalers,
-    )
-    files = {component: main for component in MAIN} | {"gemma": gemma}
-    files |= {"transformer": WEIGHTS, "connectors": WEIGHTS}
-    files[upscaler] = source / PACKAGE / "upscalers" / f"{upscaler}.safetensors"
+    (upscaler,) = CONFIGS.upscalers
+    files = dict.fromkeys(MAIN, source / PACKAGE / "bf16" / "model_bf16.safetensors") | {
+        "transformer": WEIGHTS,
+        "connectors": WEIGHTS,
+        "gemma": source / GEMMA / "model.safetensors",
+        upscaler: source / PACKAGE / "upscalers" / f"{upscaler}.safetensors",
+    }
     stages: dict[str, list[str]] = {}
     for component in files:
         stages.setdefault(FINAL[component], []).append(component)
