@@ -47,10 +47,11 @@ Table = list[list[str]]
 
 
 class Measurements:
-    """The JSON files of a folder; what was not measured is left out of tables."""
+    """The JSON files of a folder. What is asked for and was not measured raises ValueError."""
 
     def __init__(self, folder: Path):
         """Raises FileNotFoundError for a folder without any."""
+        self.folder = folder
         self._files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
         if not self._files:
             raise FileNotFoundError(f"{folder} holds no measurements; scripts/tiny/evaluate.sh RUN leaves them there")
@@ -60,19 +61,25 @@ class Measurements:
 
     def row(self, name: str) -> Mapping[str, Any]:
         """Of a file that has one."""
-        (row,) = self._files[name]["rows"].values()
+        (row,) = self.rows(name).values()
         return row
 
     def rows(self, name: str) -> Mapping[str, Mapping[str, Any]]:
-        return self._files[name]["rows"]
+        return self._file(name)["rows"]
 
     def clips(self, name: str) -> list[Mapping[str, Any]]:
-        return self._files[name]["clips"]
+        return self._file(name)["clips"]
+
+    def _file(self, name: str) -> Mapping[str, Any]:
+        if name not in self._files:
+            raise ValueError(f"{self.folder} has no {name}.json; scripts/tiny/evaluate.sh RUN measures what is missing")
+        return self._files[name]
 
 
 def captions_table(found: Measurements, labels: Mapping[str, str], prefix: str = "") -> Table:
-    """Shares of what is right, a row for each measurement."""
+    """Shares of what is right, a row for each measurement that there is; at least the first must be."""
     rows = [["", "clips", *SHARES]]
+    found.row(prefix + next(iter(labels)))
     for name, label in labels.items():
         if prefix + name in found:
             row = found.row(prefix + name)
@@ -158,8 +165,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def fill(page: Path, folder: Path) -> list[str]:
     """Writes every table of a page that has its comments; returns the names of those tables.
 
-    Raises ValueError for a page without any, FileNotFoundError for a folder without measurements and KeyError where one
-    that a table needs is missing.
+    Raises ValueError for a page without any and where a measurement that a table needs is missing, FileNotFoundError
+    for a folder without measurements. The page is left as it is then.
     """
     found, text = Measurements(folder), page.read_text(encoding="utf-8")
     filled = []

@@ -218,6 +218,10 @@ def test_tables_of_a_page_are_what_was_measured(tmp_path):
         "| **5 bits, fitted: the release** | 4 | 100.0 | 50.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | - |\n\n"
         "<!-- /guided -->\nafter\n<!-- bars --><!-- /bars -->\n<!-- bars -->\n"
     )
+    page.write_text("<!-- compare -->\nold\n<!-- /compare -->\n")
+    with pytest.raises(ValueError, match=r"quality has no compare\.json; scripts/tiny/evaluate\.sh RUN"):
+        tables.fill(page, folder)
+    assert "old" in page.read_text()
     bars = tables.bars_table(tables.Measurements(folder))
     assert ["shape right", "≥ 85 %", "75.0 %", "-25.0"] in bars
     assert tables.motions_table(tables.Measurements(folder))[1:] == [
