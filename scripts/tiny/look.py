@@ -149,7 +149,7 @@ class _Track:
         for axis in (1, 2):
             cover = ndimage.uniform_filter1d(cover, 3, axis)
         cover = np.clip(cover, 0, 1)
-        measured = np.stack([_measured(frame) for frame in cover])
+        measured = np.stack([_measured(cover[i]) for i in range(len(cover))])
         if np.isfinite(measured[:, 0]).mean() < _VISIBLE:
             return None
         x, y, radius, share, softness = measured[:, :5].T
