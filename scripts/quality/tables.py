@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ltx_jax.cache import written_whole
+from scripts.quality.captions import WORDS
 from scripts.tiny import world
 
 # Variants of the checkpoint by the name of their folder; the release is one of them.
@@ -33,9 +34,10 @@ WAYS = {
 }
 HEARTS = {
     "heart": "hearts, with the LoRA",
+    "heart-validation": "hearts of the validation split, with the LoRA",
     "heart-without": "hearts, without",
     "heart-others": "other shapes, with the LoRA",
-    "heart-others-without": "other shapes, without",
+    "captions-5-fitted": "other shapes, without",
 }
 # Column of docs/quality.md -> key of a row; shares become percent.
 SHARES = {
@@ -143,6 +145,20 @@ def coding_table(found: Measurements) -> Table:
     return rows
 
 
+def changes_table(found: Measurements) -> Table:
+    """Of clips of other shapes from the same noise, how many the heart's LoRA makes wrong, and how many right."""
+    rows = [["", "right without, wrong with the LoRA", "wrong without, right with it"]]
+    without, adapted = ([_rights(clip) for clip in found.clips(name)] for name in ("captions-5-fitted", "heart-others"))
+    for word in (*WORDS, "all words"):
+        pairs = [(before[word], after[word]) for before, after in zip(without, adapted, strict=True)]
+        rows.append([word, str(pairs.count((True, False))), str(pairs.count((False, True)))])
+    return rows
+
+
+def _rights(clip: Mapping[str, Any]) -> dict[str, bool]:
+    return {**clip["right"], "all words": all(clip["right"].values())}
+
+
 TABLES: Mapping[str, Callable[[Measurements], Table]] = {
     "guided": lambda found: captions_table(found, VARIANTS, "dev-"),
     "eight": lambda found: captions_table(found, VARIANTS, "captions-"),
@@ -153,6 +169,7 @@ TABLES: Mapping[str, Callable[[Measurements], Table]] = {
     "coding": coding_table,
     "ways": lambda found: captions_table(found, WAYS),
     "heart": lambda found: captions_table(found, HEARTS),
+    "changes": changes_table,
 }
 
 

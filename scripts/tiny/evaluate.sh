@@ -52,8 +52,8 @@ packed=$run/variants/5-fitted # as it is released
 heart=$run/heart.safetensors
 measure heart captions --checkpoint "$packed" --lora "$lora" "$heart" --shapes heart
 measure heart-without captions --checkpoint "$packed" --lora "$lora" --shapes heart
-measure heart-others captions --checkpoint "$packed" --lora "$lora" "$heart" --count 120
-measure heart-others-without captions --checkpoint "$packed" --lora "$lora" --count 120
+measure heart-others captions --checkpoint "$packed" --lora "$lora" "$heart" # without it: captions-5-fitted
+measure heart-validation captions --checkpoint "$packed" --lora "$lora" "$heart" --shapes heart --split validation
 measure image captions --checkpoint "$packed" --lora "$lora" --count 40 --image
 measure upright captions --checkpoint "$packed" --lora "$lora" --count 40 --upright
 measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 24 --pipeline two-stage --scale 2

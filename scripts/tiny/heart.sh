@@ -13,5 +13,5 @@ if [ ! -d "$run/heart-clips" ]; then # twice as many of the shapes that are know
 fi
 $python finetune.py --checkpoint "$checkpoint" --clips "$run/heart-clips" --run "$run/heart" \
     --width 64 --height 48 --num-frames 33 --targets 'transformer_blocks\.\d+\.(attn1|attn2|ff)\..*' --rank 4 \
-    --steps 1200 --batch-size 16 --learning-rate 2e-3 "${@:3}" # the picture's stream alone: sounds stay what they are
+    --steps 1200 --batch-size 16 --learning-rate 2e-3 "${@:3}" # in the picture's stream alone
 cp "$run/heart/lora.safetensors" "$run/heart.safetensors"
