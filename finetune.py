@@ -9,6 +9,7 @@ in RUN/snapshots: a run that was stopped goes on where it was.
 
 import sys
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +25,10 @@ from ltx_jax.load import load_component
 from ltx_jax.progress import TerminalProgress
 from ltx_jax.stack import count_layers, module_at
 from ltx_jax.training.adapters import TARGETS, adapters, add_adapters, targeted, write_adapters
-from ltx_jax.training.data import Examples, contexts_of, encode_folder
+from ltx_jax.training.data import Examples, captioned_clips, contexts_of, encode_folder
 from ltx_jax.training.flow import DenoisingModel, FlowSettings, flow_loss
 from ltx_jax.training.loop import Schedule, Trainer
+from ltx_jax.training.preservation import both, preserving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,11 @@ class Arguments:
     targets: str = TARGETS
     """A regular expression that published names of linears match as a whole: those get adapters. For a picture alone:
     'transformer_blocks\\.\\d+\\.(attn1|attn2|ff)\\..*'"""
+    keep: Path | None = None
+    """A folder like CLIPS of what the model can do and is to go on doing: nothing is learnt of its clips, but adapters
+    are held to leave them as the model makes them. Clips that the model made itself will do."""
+    keep_weight: float = 5.0
+    """What a change of those counts beside what is learnt."""
     full: bool = False
     """Train all weights instead of adapters; they must not be packed. Leaves transformer.safetensors."""
     steps: int = 1000
@@ -78,23 +85,34 @@ def finetune(options: Arguments) -> Path:
     VideoGrid(
         num_frames=options.num_frames, height=options.height, width=options.width, fps=options.fps or 1.0, scale=scale
     ).check()
+    if options.full and options.keep:
+        raise ValueError("--keep holds adapters to the model beneath them, which --full changes: leave out one of both")
     if options.full and engine.manifest.quantized.get("transformer"):
         raise ValueError(
             f"the transformer of {options.checkpoint} is packed, and packed weights are not trained: leave out --full "
             "for adapters beside them, or convert the official checkpoint without --quantize"
         )
+    loss = flow_loss(options.flow)
+    if options.keep:
+        loss = preserving(loss, options.flow, weight=options.keep_weight)
     names = engine.manifest.linears_below("model.diffusion_model.", "transformer")
     if not options.full:
         targeted(names, options.targets)  # before clips are encoded
-    kept = options.run / "encoded"
+    encoded = options.run / "encoded"
     size = {"width": options.width, "height": options.height, "num_frames": options.num_frames}
-    examples = encode_folder(engine, options.clips, kept, **size, fps=options.fps)
-    texts = contexts_of(engine, examples, kept)
+    folders = [options.clips] if options.keep is None else [options.clips, options.keep]
+    for folder in folders:
+        captioned_clips(folder)  # before any are encoded
+    examples = [encode_folder(engine, folder, encoded, **size, fps=options.fps) for folder in folders]
+    texts = contexts_of(engine, chain(*examples), encoded)
     engine.free()
-    batches = Examples(
-        examples, texts, engine.configs, batch_size=options.batch_size, caption_dropout=options.caption_dropout,
-        seed=options.seed,
-    )  # fmt: skip
+    batches = [
+        Examples(
+            some, texts, engine.configs, batch_size=options.batch_size, caption_dropout=options.caption_dropout,
+            seed=options.seed,
+        )
+        for some in examples
+    ]  # fmt: skip
 
     cast = jnp.float32 if engine.dtype == jnp.float32 else None
     transformer = load_component(options.checkpoint, engine.manifest, "transformer", dtype=cast)
@@ -106,10 +124,12 @@ def finetune(options: Arguments) -> Path:
         log_every=min(50, options.save_every), seed=options.seed,
     )  # fmt: skip
     trainer = Trainer(
-        DenoisingModel(transformer, remat=True), flow_loss(options.flow), schedule,
-        trainable=nnx.Param if options.full else adapters,
+        DenoisingModel(transformer, remat=True), loss, schedule, trainable=nnx.Param if options.full else adapters
+    )
+    trainer.train(
+        both(*batches) if options.keep else batches[0], options.run, progress=progress,
+        name="all weights" if options.full else "adapters",
     )  # fmt: skip
-    trainer.train(batches, options.run, progress=progress, name="all weights" if options.full else "adapters")
 
     learnt = trainer.model().transformer
     if options.full:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from ltx_jax.checkpoint import TOKENIZER, CheckpointError, Manifest
+from ltx_jax.checkpoint import LAYERED, TOKENIZER, CheckpointError, Manifest
 from ltx_jax.conditioning import LatentState
 from ltx_jax.conditions import Frames, ImageCondition, Waveform
 from ltx_jax.denoise import Denoiser, Memory, Pair, Prompt
@@ -30,7 +30,7 @@ from ltx_jax.pictures import fit_video, recompress, to_uint8
 from ltx_jax.plan import Offload, PlanError
 from ltx_jax.progress import Progress, Silent
 from ltx_jax.prompt_cache import keep_prompt, prompt_key, read_prompt
-from ltx_jax.residency import Residency
+from ltx_jax.residency import Residency, Way
 from ltx_jax.sampling import Sigmas, euler, num_calls
 from ltx_jax.settings import STAGE_2_UPSCALER
 from ltx_jax.sound import fit_audio
@@ -65,6 +65,8 @@ class Engine:
         self.keep_prompts = keep_prompts
         self.progress = progress or Silent()
         self.residency = Residency(folder, self.manifest, dtype=self.dtype, loras=loras, loading=self._loading)
+        if offload == "blocks":  # also where no plan is made
+            self.residency.way = Way(offload=LAYERED)
 
     # ------------------------------------------------------------------ models
 

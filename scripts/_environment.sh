@@ -11,7 +11,9 @@ prepare() { # prepare EXTRA: the project with one of its extras ("" for none)
         "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON")'
         "${PYTHON:-python3}" -m venv .venv
     fi
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    local stamps=("$stamp")
+    [ -n "$extra" ] || stamps=(.venv/installed*) # every extra has the project itself with it
+    if ! grep -qsx "$wanted" "${stamps[@]}"; then
         echo "installing into .venv (a few minutes the first time)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
         echo "$wanted" >"$stamp"

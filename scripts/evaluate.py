@@ -5,6 +5,7 @@ python scripts/evaluate.py compare --reference outputs/bf16 --against outputs/q5
 python scripts/evaluate.py coding --checkpoint outputs/tiny
 python scripts/evaluate.py clips FOLDER
 python scripts/evaluate.py tables RUN/quality
+python scripts/evaluate.py sheet sheet.png without.mp4 with.mp4
 
 `captions` and `clips` measure what the little world makes exact, so they take its captions; `compare`, and `coding`
 with --clips, take any checkpoint. Each prints a table and writes JSON. Nothing is judged by a model.
@@ -32,6 +33,7 @@ from ltx_jax.pipeline import Pipeline, load_pipeline
 from ltx_jax.progress import TerminalProgress
 from ltx_jax.settings import Settings
 from ltx_jax.several import read_prompts
+from ltx_jax.video import read_video
 from scripts.quality import captions, coding, tables
 from scripts.quality.compare import compare
 from scripts.tiny import release, world
@@ -195,6 +197,24 @@ class Tables:
         print(f"{self.page}: {', '.join(tables.fill(self.page, self.folder))}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """Puts clips below each other in a picture, a row of evenly spaced frames each, for comparing."""
+
+    picture: tyro.conf.Positional[Path]
+    """The picture to write (.png)."""
+    clips: tyro.conf.Positional[tuple[Path, ...]]
+    """Clips of any model; each is labelled with its name."""
+    columns: int = 8
+    """Frames of each clip."""
+
+    def run(self) -> None:
+        shown = [read_video(path).frames for path in self.clips]
+        labels = [path.stem.replace("-", " ") for path in self.clips]
+        write_png(self.picture, sheet_of(shown, labels, columns=self.columns))
+        print(f"wrote {self.picture}")
+
+
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[], None]]:
     """Progress of many clips; what is said of each of them is not."""
@@ -222,7 +242,14 @@ def _number(value: Any) -> str:
 
 def main() -> None:
     """The command line: exits with 2 and one line where something is not as it must be."""
-    commands = {"captions": Captions, "clips": Clips, "compare": Compare, "coding": Coding, "tables": Tables}
+    commands = {
+        "captions": Captions,
+        "clips": Clips,
+        "compare": Compare,
+        "coding": Coding,
+        "tables": Tables,
+        "sheet": Sheet,
+    }
     options: Any = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     prepare()
     try:

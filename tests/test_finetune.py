@@ -59,6 +59,9 @@ def test_captions_need_a_text_encoder(ltx_dir, clips, tmp_path):
     ("changes", "told"),
     [
         ({"full": True}, "packed weights are not trained"),
+        ({"full": True, "keep": Path("kept")}, "--keep holds adapters to the model beneath them"),
+        ({"keep": Path("nowhere")}, "nowhere holds no clips"),
+        ({"keep": Path("kept"), "keep_weight": 0.0}, "weight of what is kept must be above 0"),
         ({"width": 40}, "width must be a multiple of 32"),
         ({"num_frames": 8}, "num_frames must be 8k \\+ 1"),
         ({"num_frames": 17}, "1 of 1 clips have fewer than 17 frames"),
@@ -80,6 +83,24 @@ def test_the_command_line_says_it_in_one_line(mini_checkpoint, tmp_path, monkeyp
         main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"finetune: {tmp_path} holds no clips")
+
+
+def test_what_is_kept_is_read_from_a_folder_of_its_own(mini_checkpoint, clips, tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    frames = np.random.default_rng(1).integers(0, 255, (9, 32, 32, 3)).astype(np.uint8)
+    for name in ("one", "two"):
+        write_mp4(kept / f"{name}.mp4", frames, fps=8.0)
+        (kept / f"{name}.txt").write_text(f"noise {name}")
+    given = arguments(mini_checkpoint, clips, tmp_path / "run", keep=kept, keep_weight=100.0, steps=4)
+    held = finetune(given)
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert lines[0]["kept_video"] < 1e-9  # adapters begin at zero
+    assert lines[-1]["kept_video"] > 0
+    assert {"video", "audio", "kept_audio"} <= set(lines[0])
+    assert len(list((tmp_path / "run/encoded").glob("text-*"))) == 4  # three captions, and no text
+    free = finetune(arguments(mini_checkpoint, clips, tmp_path / "free", steps=4))
+    assert any(not np.array_equal(pair[1], read_lora(free)[name][1]) for name, pair in read_lora(held).items())
 
 
 @pytest.mark.slow

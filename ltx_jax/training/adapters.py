@@ -72,7 +72,17 @@ def add_adapters(
 
 def adapters(path: Any, value: Any) -> bool:
     """The filter of what is trained: the matrices of adapters, not their strength, nor anything of the model."""
-    return isinstance(value, Factors) and "strength" not in path
+    return isinstance(value, Factors) and not _is_strength(path, value)
+
+
+def without_adapters(model: Any) -> Any:
+    """The same model as it is without its adapters: with all of them at a strength of zero."""
+    graphdef, strengths, rest = nnx.split(model, _is_strength, ...)
+    return nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, strengths), rest, copy=True)
+
+
+def _is_strength(path: Any, value: Any) -> bool:
+    return isinstance(value, Factors) and "strength" in path
 
 
 def write_adapters(

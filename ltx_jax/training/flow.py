@@ -187,35 +187,55 @@ def velocity_of(
     return BothVelocities(made.video, made.audio)
 
 
+class NoisedClips(NamedTuple):
+    """The clips of a batch on their way to noise."""
+
+    video: Float[Array, "batch video_tokens video_channels"]
+    audio: Float[Array, "batch audio_tokens audio_channels"]
+    levels: Levels
+    velocity: BothVelocities  # from the clips to their noise
+
+
+def noise_clips(batch: FlowBatch, key: jax.Array, settings: FlowSettings) -> NoisedClips:
+    """Every clip of a batch at levels of its own, some of them with what is given."""
+    count = len(batch.video)
+    keys = jax.random.split(key, 6)
+    given = draw_given(keys[0], count, settings)
+    sigma = noise_levels(keys[1], count, settings)
+    own = jax.random.uniform(keys[2], (count,)) < settings.own_levels
+    audio_sigma = jnp.where(own, noise_levels(keys[3], count, settings), sigma)
+    sigma, audio_sigma = jnp.where(given.video, 0, sigma), jnp.where(given.audio, 0, audio_sigma)
+
+    levels = Levels.of(batch, sigma, jnp.where(given.image, 0, sigma), audio_sigma)
+    video_noise = jax.random.normal(keys[4], batch.video.shape)
+    audio_noise = jax.random.normal(keys[5], batch.audio.shape)
+    return NoisedClips(
+        noised(batch.video, video_noise, levels.video),
+        noised(batch.audio, audio_noise, levels.audio),
+        levels,
+        BothVelocities(video_noise - batch.video, audio_noise - batch.audio),
+    )
+
+
 def flow_loss(settings: FlowSettings) -> Loss:
     """The loss of a `DenoisingModel` for a `FlowBatch`, as `loop.Trainer` takes it."""
 
     def loss(model: DenoisingModel, batch: FlowBatch, key: jax.Array) -> tuple[Array, Metrics]:
-        count = len(batch.video)
-        keys = jax.random.split(key, 6)
-        given = draw_given(keys[0], count, settings)
-        sigma = noise_levels(keys[1], count, settings)
-        own = jax.random.uniform(keys[2], (count,)) < settings.own_levels
-        audio_sigma = jnp.where(own, noise_levels(keys[3], count, settings), sigma)
-        sigma, audio_sigma = jnp.where(given.video, 0, sigma), jnp.where(given.audio, 0, audio_sigma)
-
-        first_sigma = jnp.where(given.image, 0, sigma)
-        video_noise = jax.random.normal(keys[4], batch.video.shape)
-        audio_noise = jax.random.normal(keys[5], batch.audio.shape)
-        levels = Levels.of(batch, sigma, first_sigma, audio_sigma)
-        velocity = velocity_of(
-            model,
-            batch,
-            noised(batch.video, video_noise, levels.video),
-            noised(batch.audio, audio_noise, levels.audio),
-            levels,
-            model.contexts(batch.text),
-        )
-        video_error = mean_square(velocity.video - (video_noise - batch.video), levels.video > 0)
-        audio_error = mean_square(velocity.audio - (audio_noise - batch.audio), levels.audio > 0)
-        return video_error + settings.audio_weight * audio_error, {"video": video_error, "audio": audio_error}
+        clips = noise_clips(batch, key, settings)
+        contexts = model.contexts(batch.text)
+        found = velocity_of(model, batch, clips.video, clips.audio, clips.levels, contexts)
+        return velocity_error(found, clips.velocity, clips.levels, settings)
 
     return loss
+
+
+def velocity_error(
+    found: BothVelocities, target: BothVelocities, levels: Levels, settings: FlowSettings
+) -> tuple[Array, Metrics]:
+    """The mean square of both streams over the tokens that are noised; their weighted sum, and each."""
+    video = mean_square(found.video - target.video, levels.video > 0)
+    audio = mean_square(found.audio - target.audio, levels.audio > 0)
+    return video + settings.audio_weight * audio, {"video": video, "audio": audio}
 
 
 def noised(

@@ -34,11 +34,16 @@ WAYS = {
 }
 HEARTS = {
     "heart": "hearts, with the LoRA",
+    "heart-guided": "the same, guided",
     "heart-validation": "hearts of the validation split, with the LoRA",
     "heart-without": "hearts, without",
     "heart-others": "other shapes, with the LoRA",
     "captions-5-fitted": "other shapes, without",
+    "heart-others-guided": "other shapes, guided, with the LoRA",
+    "dev-5-fitted": "other shapes, guided, without",
 }
+# Clips of other shapes from the same noise: without the heart's LoRA, and with it.
+OTHERS = {"eight steps": ("captions-5-fitted", "heart-others"), "guided": ("dev-5-fitted", "heart-others-guided")}
 # Column of docs/quality.md -> key of a row; shares become percent.
 SHARES = {
     "colour": "colour", "shape": "shape", "size": "size", "motion": "motion", "direction": "direction",
@@ -147,11 +152,14 @@ def coding_table(found: Measurements) -> Table:
 
 def changes_table(found: Measurements) -> Table:
     """Of clips of other shapes from the same noise, how many the heart's LoRA makes wrong, and how many right."""
-    rows = [["", "right without, wrong with the LoRA", "wrong without, right with it"]]
-    without, adapted = ([_rights(clip) for clip in found.clips(name)] for name in ("captions-5-fitted", "heart-others"))
+    rows = [["", *(f"{way}: {what}" for way in OTHERS for what in ("right without, wrong with it", "the other way"))]]
+    both = [[[_rights(clip) for clip in found.clips(name)] for name in names] for names in OTHERS.values()]
     for word in (*WORDS, "all words"):
-        pairs = [(before[word], after[word]) for before, after in zip(without, adapted, strict=True)]
-        rows.append([word, str(pairs.count((True, False))), str(pairs.count((False, True)))])
+        row = [word]
+        for without, adapted in both:
+            pairs = [(before[word], after[word]) for before, after in zip(without, adapted, strict=True)]
+            row += [str(pairs.count((True, False))), str(pairs.count((False, True)))]
+        rows.append(row)
     return rows
 
 

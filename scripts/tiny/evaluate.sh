@@ -54,6 +54,10 @@ measure heart captions --checkpoint "$packed" --lora "$lora" "$heart" --shapes h
 measure heart-without captions --checkpoint "$packed" --lora "$lora" --shapes heart
 measure heart-others captions --checkpoint "$packed" --lora "$lora" "$heart" # without it: captions-5-fitted
 measure heart-validation captions --checkpoint "$packed" --lora "$lora" "$heart" --shapes heart --split validation
+# shellcheck disable=SC2086
+measure heart-guided captions --checkpoint "$packed" --lora "$heart" --shapes heart $guided
+# shellcheck disable=SC2086
+measure heart-others-guided captions --checkpoint "$packed" --lora "$heart" $guided # without it: dev-5-fitted
 measure image captions --checkpoint "$packed" --lora "$lora" --count 40 --image
 measure upright captions --checkpoint "$packed" --lora "$lora" --count 40 --upright
 measure two-stage captions --checkpoint "$packed" --lora "$lora" --count 24 --pipeline two-stage --scale 2

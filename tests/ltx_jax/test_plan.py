@@ -15,10 +15,13 @@ from ltx_jax.cards import CARDS, CardError, find_card
 from ltx_jax.checkpoint import Configs, Manifest, parameter_shapes, part_of, published_manifest
 from ltx_jax.media import write_mp4
 from ltx_jax.memory import measure, nbytes
+from ltx_jax.models.transformer import Transformer
+from ltx_jax.offload import Streamed
 from ltx_jax.plan import TILES, Plan, PlanError, make_plan, nearest_sizes, plan_table, usable_bytes
 from ltx_jax.planner import split_layers
 from ltx_jax.presets import GEMMA_3_12B, LTX_2_3, UPSCALERS
 from ltx_jax.residency import Way
+from tests.conftest import STREAMED_ATOL
 from tests.hlwq_jax.hlo import needs_card_compiler
 
 GiB = 2**30
@@ -203,7 +206,8 @@ class OutOfMemory:
 
 def test_out_of_memory_runs_the_stage_again_streamed_with_the_same_result(mini_checkpoint, monkeypatch):
     settings = Settings(**SMALL, prompt="a red ball", sigmas=(1.0, 0.5, 0.0))
-    expected = load_pipeline(mini_checkpoint).generate_latents(settings)
+    whole = load_pipeline(mini_checkpoint).generate_latents(settings)
+    streamed = load_pipeline(mini_checkpoint, offload="blocks").generate_latents(settings)
 
     said = []
     pipe = load_pipeline(mini_checkpoint)
@@ -212,8 +216,18 @@ def test_out_of_memory_runs_the_stage_again_streamed_with_the_same_result(mini_c
     found = pipe.generate_latents(settings)
     assert "transformer" in pipe.residency.way.offload
     assert any("out of memory" in text for text in said)
-    np.testing.assert_array_equal(found.video, expected.video)
-    np.testing.assert_array_equal(found.audio, expected.audio)
+    # From the same noise, by the same programs as where blocks were streamed from the start.
+    np.testing.assert_array_equal(found.video, streamed.video)
+    np.testing.assert_array_equal(found.audio, streamed.audio)
+    np.testing.assert_allclose(found.video, whole.video, rtol=0, atol=STREAMED_ATOL)
+    np.testing.assert_allclose(found.audio, whole.audio, rtol=0, atol=STREAMED_ATOL)
+
+
+def test_blocks_are_streamed_where_that_is_asked_for_and_no_plan_is_made(mini_checkpoint):
+    pipe = load_pipeline(mini_checkpoint, offload="blocks")
+    pipe.generate_latents(Settings(**SMALL, prompt="a red ball", sigmas=(1.0, 0.0)))
+    assert isinstance(pipe.model("transformer"), Streamed)
+    assert isinstance(load_pipeline(mini_checkpoint).model("transformer"), Transformer)
 
 
 def test_running_out_while_decoding_loses_no_frame(mini_checkpoint, monkeypatch):
