@@ -1,7 +1,8 @@
 """What a source must hold and what it does hold: every tensor planned to its place before any payload is read."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
@@ -16,7 +17,7 @@ from convert.base import Wanted, check_configs, fill, refuse_packed
 from convert.files import ConvertError, Source, naming
 from convert.mapping import Plan, flatten, plan, rule_of
 from convert.tables import MAIN, SKIP, component_of, table_of
-from hlwq_jax import LazyTensor, Package, Recipe, StoredWeight, read_package
+from hlwq_jax import FormatError, LazyTensor, Package, Recipe, StoredWeight, read_package
 from hlwq_jax.format import refuse_look_alikes
 from ltx_jax.abstract import abstract
 from ltx_jax.checkpoint import MODELS, Configs, parameter_shapes
@@ -25,6 +26,7 @@ from ltx_jax.models.upscaler import LatentUpscaler
 from ltx_jax.presets import LTX_2_3, NUM_HIDDEN_STATES
 
 PREFIX = "model.diffusion_model."
+_PROJECTION = "text_embedding_projection.video_aggregate_embed.weight"
 _SAMPLED_REMOTELY = 8  # weights of a kind: some 500 blocks, where 200 decide
 _DTYPES = tuple(np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32))  # of plain weights
 
@@ -178,12 +180,13 @@ def take_inventory(source: Source, base: Source | None = None) -> Inventory:
     refuse_look_alikes(source.tensors)
     package, weights, found = None, {}, source.tensors
     if any(tensor.dtype in (np.uint8, np.int8) for tensor in source.tensors.values()):
-        package = read_package(
-            source.tensors,
-            sidecar=source.sidecar,
-            model_shapes=expected.matrices,
-            max_sampled=_SAMPLED_REMOTELY if source.remote else None,
-        )
+        with _telling_what_was_assumed(lenders, num_hidden_states):
+            package = read_package(
+                source.tensors,
+                sidecar=source.sidecar,
+                model_shapes=expected.matrices,
+                max_sampled=_SAMPLED_REMOTELY if source.remote else None,
+            )
         weights, found = package.weights, package.plain
     doubled, plain = list(source.doubled), {}
     for name, tensor in found.items():
@@ -263,7 +266,7 @@ def _find(sources: Iterable[Source], name: str) -> LazyTensor | None:
 
 def _num_hidden_states(sources: Sequence[Source]) -> int:
     """How many states of the text encoder the projection reads: from its width, else from the text encoder."""
-    projection = _find(sources, "text_embedding_projection.video_aggregate_embed.weight")
+    projection = _find(sources, _PROJECTION)
     metadata = next((source.metadata for source in sources if source.metadata is not None), LTX_2_3)
     caption = metadata.get("transformer", {}).get("caption_channels")
     if projection is not None and len(projection.shape) == 2 and type(caption) is int and caption > 0:
@@ -275,6 +278,21 @@ def _num_hidden_states(sources: Sequence[Source]) -> int:
         text = gemma.metadata.get("text_config", gemma.metadata)
         return int(text.get("num_hidden_layers", NUM_HIDDEN_STATES - 1)) + 1
     return NUM_HIDDEN_STATES
+
+
+@contextmanager
+def _telling_what_was_assumed(sources: Sequence[Source], num_hidden_states: int) -> Iterator[None]:
+    """Says with a misfit of the projection that the width it should have was a guess, where it was one."""
+    try:
+        yield
+    except FormatError as error:
+        guessed = sources[0].gemma is None and _find(sources, _PROJECTION) is None
+        if guessed and "text_embedding_projection" in str(error):
+            raise ConvertError(
+                f"{error}; without a text encoder it was taken to read {num_hidden_states} hidden states, as LTX-2.3 "
+                "does: give the text encoder that belongs to it (--gemma)"
+            ) from error
+        raise
 
 
 def _with_registers(metadata: dict[str, Any], sources: Iterable[Source]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from ltx_jax.geometry import (
 )
 from ltx_jax.latents import Latents, latents_size, read_latents, save_latents
 from ltx_jax.models.connector import Contexts
+from ltx_jax.record import read_record
 from ltx_jax.training.flow import FlowBatch, TextStates
 from ltx_jax.video import read_video
 
@@ -62,19 +63,22 @@ class StatesRow(NamedTuple):
 
 
 def captioned_clips(folder: Path) -> list[tuple[Path, str]]:
-    """The clips of a folder, by name, with their captions.
+    """The clips of a folder, by name, with their captions; of clips that `generate.py` made, its .json has the prompt.
 
     Raises ValueError, listing them, for clips without a caption and captions without a clip, and where there are none.
     """
     clips = {path.stem: path for path in sorted(folder.glob("*.mp4"))}
-    captions = {path.stem: path for path in sorted(folder.glob("*.txt"))}
+    captions = {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))}
+    for stem, clip in clips.items():
+        if stem not in captions and clip.with_suffix(".json").is_file():
+            captions[stem] = read_record(clip.with_suffix(".json"))["settings"]["prompt"]
     if not clips:
         raise ValueError(f"{folder} holds no clips; expected clip.mp4 and clip.txt, the caption, for each of them")
     lonely = [f"{clips[stem].name} (no {stem}.txt)" for stem in clips if stem not in captions]
-    lonely += [f"{captions[stem].name} (no {stem}.mp4)" for stem in captions if stem not in clips]
+    lonely += [f"{stem}.txt (no {stem}.mp4)" for stem in captions if stem not in clips]
     if lonely:
         raise ValueError(f"{folder}: every clip needs a caption of its name; without partner: {', '.join(lonely[:8])}")
-    return [(clips[stem], captions[stem].read_text(encoding="utf-8").strip()) for stem in clips]
+    return [(clips[stem], captions[stem]) for stem in clips]
 
 
 def encode_folder(

@@ -1,11 +1,14 @@
 """What `inspect` tells."""
 
 import json
+from pathlib import Path
 
 from convert import inspect
 from convert.__main__ import main
 from convert.report import group_missing
+from scripts.tiny import build
 
+RELEASE = Path(__file__).parents[2] / "release"
 BLOCK = "model.diffusion_model.transformer_blocks."
 
 
@@ -54,3 +57,10 @@ def test_missing_names_become_few_lines():
         "transformer_blocks 9: all 3 linears and scale_shift_table (1 blocks, 4 tensors)",
         "vae: 2 tensors: vae.decoder.conv_in.conv.bias, vae.decoder.conv_in.conv.weight",
     ]
+
+
+def test_a_packed_projection_of_another_model_asks_for_its_text_encoder(capsys):
+    """How many hidden states it reads is nowhere in the package: without a text encoder LTX-2.3's 49 are assumed."""
+    assert main(["inspect", str(RELEASE / build.PACKAGE)]) == 2
+    assert "taken to read 49 hidden states" in capsys.readouterr().err
+    assert main(["inspect", str(RELEASE / build.PACKAGE), "--gemma", str(RELEASE / build.GEMMA)]) == 0

@@ -1,5 +1,6 @@
 """Clips and captions of a folder as training batches: encoded once, grouped by size, captions left out at times."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ltx_jax.geometry import patchify_audio, patchify_video, video_positions
 from ltx_jax.latents import Latents
 from ltx_jax.media import write_mp4
 from ltx_jax.models.connector import Contexts
+from ltx_jax.record import FORMAT, RecordError
 from ltx_jax.training.data import (
     ContextRow,
     Example,
@@ -79,6 +81,23 @@ def test_clips_and_captions_must_be_pairs(tmp_path):
         (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=r"without partner: a.mp4 \(no a.txt\), c.txt \(no c.mp4\)"):
         captioned_clips(tmp_path)
+
+
+def test_clips_that_were_generated_have_their_prompt_beside_them(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.mp4").write_text("x")
+    for name in ("a", "b"):
+        record = {"format": FORMAT, "settings": {"prompt": f"prompt of {name}"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "b.txt").write_text("what was written by hand counts\n")
+    with pytest.raises(ValueError, match=r"without partner: c.mp4 \(no c.txt\)$"):
+        captioned_clips(tmp_path)
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(RecordError, match=r"c\.json was not written beside a clip by generate\.py"):
+        captioned_clips(tmp_path)
+    (tmp_path / "c.mp4").unlink()
+    captions = [caption for _, caption in captioned_clips(tmp_path)]
+    assert captions == ["prompt of a", "what was written by hand counts"]
 
 
 def example(configs, caption: str, *, frames: int = 2) -> Example:
