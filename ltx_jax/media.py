@@ -22,6 +22,11 @@ from ltx_jax.pictures import Frames, contact_sheet, fit_image, recompress, to_ui
 from ltx_jax.sound import Waveform, fit_audio, read_audio, write_wav
 from ltx_jax.video import Video, VideoFacts, probe_video, read_video
 
+try:
+    from numpy._core._multiarray_umath import __cpu_features__ as _cpu_features  # what numpy chooses its loops by
+except ImportError:  # no public name
+    _cpu_features = {}
+
 __all__ = [
     "Frames",
     "MediaError",
@@ -47,6 +52,9 @@ __all__ = [
 RGB = UInt8[np.ndarray, "height width 3"]
 
 _BT709 = 1  # AVCOL_SPC_BT709
+# With AVX-512, x264's look-ahead makes another file of the same frames now and then where a row's number of 16 x 16
+# blocks is no multiple of 8 (seen with PyAV 18 and 19). What it may use is forced by name, so only where there is more.
+_REPEATABLE = {"x264-params": "asm=AVX2"} if _cpu_features.get("AVX512F") else {}
 
 
 def check_writable(path: Path, *, suffixes: tuple[str, ...] = ()) -> None:
@@ -97,6 +105,8 @@ def write_mp4(
 ) -> None:
     """Writes H.264 and AAC; frames are encoded as they come, and nothing stays under `path` if that fails.
 
+    On one machine the same frames and sound make the same file.
+
     A waveform keeps its rate where AAC has it, else it takes the next higher one. Raises MediaError for a name that
     does not end in .mp4, a clip without frames or of odd size, and a waveform of other than one or two channels.
     """
@@ -109,7 +119,7 @@ def write_mp4(
         sample_rate_hz = new_rate
     index = -1
     with written_whole(path) as temporary, av.open(f"file:{temporary}", "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        video = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **_REPEATABLE})
         video.pix_fmt = "yuv420p"
         # Players take large clips for BT.709 and small ones for BT.601 where a file does not say which it is.
         video.codec_context.colorspace, video.codec_context.color_range = _BT709, ColorRange.MPEG
