@@ -50,12 +50,8 @@ def test_the_same_frames_make_the_same_file(tmp_path):
     for length in (17, 25):
         made = set()
         for number in range(12):
-            # What was left in memory is what decided.
-            _ = [
-                np.random.default_rng(number).bytes(size)
-                for size in (100, 1000, 5000, 20_000, 65_536)
-                for _ in range(20)
-            ]
+            rng = np.random.default_rng(number)
+            _ = [rng.bytes(size) for size in 20 * (100, 1000, 5000, 20_000, 65_536)]  # what memory held decided
             write_mp4(tmp_path / "clip.mp4", frames[:length], fps=24.0, waveform=wave[: 2000 * length])
             made.add((tmp_path / "clip.mp4").read_bytes())
         assert len(made) == 1
