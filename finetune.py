@@ -7,8 +7,9 @@ FOLDER holds clip.mp4 and clip.txt, the caption, for each clip. Latents and cont
 in RUN/snapshots: a run that was stopped goes on where it was.
 """
 
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import tyro
 from flax import nnx
 
 from convert.official import write_parts
+from ltx_jax.cache import written_whole
 from ltx_jax.engine import Engine
 from ltx_jax.environment import prepare
 from ltx_jax.geometry import VideoGrid
@@ -29,6 +31,8 @@ from ltx_jax.training.data import Examples, captioned_clips, contexts_of, encode
 from ltx_jax.training.flow import DenoisingModel, FlowSettings, flow_loss
 from ltx_jax.training.loop import Schedule, Trainer
 from ltx_jax.training.preservation import both, preserving
+
+MAY_CHANGE = ("run", "steps", "save_every")  # of a run that goes on; from its snapshots the rest would not be seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ def finetune(options: Arguments) -> Path:
     names = engine.manifest.linears_below("model.diffusion_model.", "transformer")
     if not options.full:
         targeted(names, options.targets)  # before clips are encoded
+    begin(options)
     encoded = options.run / "encoded"
     size = {"width": options.width, "height": options.height, "num_frames": options.num_frames}
     folders = [options.clips] if options.keep is None else [options.clips, options.keep]
@@ -137,6 +142,24 @@ def finetune(options: Arguments) -> Path:
     facts = {"base": options.checkpoint.name, "rank": str(options.rank), "steps": str(options.steps)}
     write_adapters(options.run / "lora.safetensors", learnt, names, metadata=facts)
     return options.run / "lora.safetensors"
+
+
+def begin(options: Arguments) -> None:
+    """Writes down what a run is begun with. Raises ValueError where one that has snapshots was begun otherwise."""
+    given = json.loads(json.dumps(asdict(options), default=lambda path: str(path.resolve())))
+    said = {name: value for name, value in given.items() if name not in MAY_CHANGE}
+    path = options.run / "options.json"
+    if path.is_file() and any((options.run / "snapshots").glob("*")):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        others = [f"{name} was {before.get(name)}, now {now}" for name, now in said.items() if before.get(name) != now]
+        if others:
+            raise ValueError(
+                f"the run in {options.run} was begun with other options: {'; '.join(others)}. Give those to go on with "
+                "it, or another --run"
+            )
+    options.run.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(said, indent=1), encoding="utf-8")
 
 
 def write_transformer(path: Path, transformer: Any) -> Path:

@@ -42,6 +42,9 @@ def test_a_lora_is_learnt_and_fits(mini_checkpoint, clips, tmp_path, capsys):
     assert all(a.shape[0] == 2 for a, _ in learnt.values())
     assert any(np.any(np.asarray(b, np.float32)) for _, b in learnt.values())
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    other = arguments(mini_checkpoint, clips, tmp_path / "run", rank=3, keep=clips)
+    with pytest.raises(ValueError, match=r"begun with other options: rank was 2, now 3; keep was None, now .*\. Give"):
+        finetune(other)
     path.unlink()
     again = read_lora(finetune(arguments(mini_checkpoint, clips, tmp_path / "run")))  # from the last snapshot
     for name, pair in learnt.items():
