@@ -96,14 +96,12 @@ def test_what_is_kept_is_read_from_a_folder_of_its_own(mini_checkpoint, clips, t
         write_mp4(kept / f"{name}.mp4", frames, fps=8.0)
         (kept / f"{name}.txt").write_text(f"noise {name}")
     given = arguments(mini_checkpoint, clips, tmp_path / "run", keep=kept, keep_weight=100.0, steps=4)
-    held = finetune(given)
+    assert all(np.any(np.asarray(b, np.float32)) for _, b in read_lora(finetune(given)).values())
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
     assert lines[0]["kept_video"] < 1e-9  # adapters begin at zero
     assert lines[-1]["kept_video"] > 0
     assert {"video", "audio", "kept_audio"} <= set(lines[0])
     assert len(list((tmp_path / "run/encoded").glob("text-*"))) == 4  # three captions, and no text
-    free = finetune(arguments(mini_checkpoint, clips, tmp_path / "free", steps=4))
-    assert any(not np.array_equal(pair[1], read_lora(free)[name][1]) for name, pair in read_lora(held).items())
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def adapted(base: Any, *, filled: bool) -> flow.DenoisingModel:
     if filled:
         state = nnx.state(model, adapters)
         nnx.update(model, jax.tree.map(lambda x: 0.3 * normal(x.size, *x.shape), state))
-    return flow.DenoisingModel(model, remat=True)
+    return flow.DenoisingModel(model)
 
 
 def other_batch(count: int = 4) -> flow.FlowBatch:
@@ -56,6 +56,7 @@ def test_without_adapters_a_model_is_its_base(base):
     model = adapted(base, filled=True)
     clips = flow.noise_clips(BATCH.kept, jax.random.key(0), EVERYTHING)
 
+    @jax.jit
     def velocity(model: flow.DenoisingModel) -> flow.BothVelocities:
         contexts = model.contexts(BATCH.kept.text)
         return flow.velocity_of(model, BATCH.kept, clips.video, clips.audio, clips.levels, contexts)
@@ -74,7 +75,7 @@ def test_new_adapters_change_nothing_that_is_kept(base):
     assert float(metrics["kept_video"]) < 1e-10
     assert float(metrics["kept_audio"]) < 1e-10
     new_key, _ = jax.random.split(jax.random.key(5))
-    expected, _ = flow.flow_loss(EVERYTHING)(model, BATCH.new, new_key)
+    expected, _ = jax.jit(flow.flow_loss(EVERYTHING))(model, BATCH.new, new_key)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
@@ -97,7 +98,7 @@ def test_the_target_is_held_still(base):
     def velocity(model: flow.DenoisingModel) -> flow.BothVelocities:
         return flow.velocity_of(model, *noisy, model.contexts(BATCH.kept.text))
 
-    target = velocity(flow.DenoisingModel(base))
+    target = jax.jit(velocity)(flow.DenoisingModel(base))
     graphdef, learnt, rest = nnx.split(model, adapters, ...)
 
     def nothing(model: Any, batch: Any, key: Any) -> Any:
