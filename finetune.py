@@ -32,7 +32,8 @@ from ltx_jax.training.flow import DenoisingModel, FlowSettings, flow_loss
 from ltx_jax.training.loop import Schedule, Trainer
 from ltx_jax.training.preservation import both, preserving
 
-MAY_CHANGE = ("run", "steps", "save_every")  # of a run that goes on; from its snapshots the rest would not be seen
+# Of a run that goes on: longer, slower where its loss was not finite, in less memory. All else is what it is of.
+MAY_CHANGE = ("run", "steps", "save_every", "learning_rate", "accumulate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from convert import convert
 from convert.official import write_official
 from convert.tables import component_of
-from finetune import Arguments, finetune, main
+from finetune import Arguments, begin, finetune, main
 from ltx_jax.checkpoint import Configs, Manifest
 from ltx_jax.lora import read_lora
 from ltx_jax.media import write_mp4
@@ -45,6 +45,10 @@ def test_a_lora_is_learnt_and_fits(mini_checkpoint, clips, tmp_path, capsys):
     other = arguments(mini_checkpoint, clips, tmp_path / "run", rank=3, keep=clips)
     with pytest.raises(ValueError, match=r"begun with other options: rank was 2, now 3; keep was None, now .*\. Give"):
         finetune(other)
+    longer = arguments(
+        mini_checkpoint, clips, tmp_path / "run", steps=3, learning_rate=1e-5, accumulate=1, save_every=3
+    )
+    begin(longer)  # as the trainer says where a loss is not finite
     path.unlink()
     again = read_lora(finetune(arguments(mini_checkpoint, clips, tmp_path / "run")))  # from the last snapshot
     for name, pair in learnt.items():

@@ -10,7 +10,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from ltx_jax.geometry import (
 )
 from ltx_jax.latents import Latents, latents_size, read_latents, save_latents
 from ltx_jax.models.connector import Contexts
-from ltx_jax.record import read_record
+from ltx_jax.record import read_record, sha256
 from ltx_jax.training.flow import FlowBatch, TextStates
 from ltx_jax.video import read_video
 
@@ -94,7 +93,7 @@ def encode_folder(
     clips = captioned_clips(folder)
     with engine.progress.stage("encode clips", len(clips)) as advance:
         for path, caption in clips:
-            key = digest(_file_digest(path), _checkpoint_key(engine), width, height, num_frames, fps)
+            key = digest(sha256(path), _checkpoint_key(engine), width, height, num_frames, fps)
             kept = cache / f"{path.stem}-{key[:16]}.safetensors"
             if not kept.is_file():
                 clip = read_video(path, fps=fps, num_frames=num_frames)
@@ -145,11 +144,6 @@ def contexts_of(engine: Engine, examples: Iterable[Example], cache: Path) -> dic
 def _checkpoint_key(engine: Engine) -> str:
     sources = engine.manifest.provenance.get("sources") or {}
     return digest(sorted(source["sha256"] for source in sources.values()), str(engine.dtype))
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 class Examples:

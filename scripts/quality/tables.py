@@ -154,7 +154,7 @@ def changes_table(found: Measurements) -> Table:
     """Of clips of other shapes from the same noise, how many the heart's LoRA makes wrong, and how many right."""
     rows = [["", *(f"{way}: {what}" for way in OTHERS for what in ("right without, wrong with it", "the other way"))]]
     both = [[[_rights(clip) for clip in found.clips(name)] for name in names] for names in OTHERS.values()]
-    for word in (*WORDS, "all words"):
+    for word in (*WORDS, "all words", "in step"):
         row = [word]
         for without, adapted in both:
             pairs = [(before[word], after[word]) for before, after in zip(without, adapted, strict=True)]
@@ -163,8 +163,8 @@ def changes_table(found: Measurements) -> Table:
     return rows
 
 
-def _rights(clip: Mapping[str, Any]) -> dict[str, bool]:
-    return {**clip["right"], "all words": all(clip["right"].values())}
+def _rights(clip: Mapping[str, Any]) -> dict[str, bool | None]:
+    return {**clip["right"], "all words": all(clip["right"].values()), "in step": clip.get("in_step")}
 
 
 TABLES: Mapping[str, Callable[[Measurements], Table]] = {
